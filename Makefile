@@ -1,0 +1,65 @@
+# Each target makes its own environment in $(VENV) and installs what it needs, once.
+#   make test PYTHON=python3.13 VENV=.venv-3.13
+
+PYTHON = python3
+VENV = .venv
+PYTEST_ARGS = -n 2
+
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test bench notebooks doctest lint types format dev clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.demo  ## train a small model with and without bounds, draw demo.png
+	$(BIN)/python -m benchmarks.demo
+
+test: $(VENV)/.test  ## run the tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.bench  ## time against Optax's own transforms
+	$(BIN)/python -m benchmarks
+
+notebooks: $(VENV)/.notebooks  ## run the notebooks
+	$(BIN)/python -m pytest --nbmake -W default notebooks
+
+doctest: $(VENV)/.test  ## run the examples in the docstrings
+	$(BIN)/python -m pytest --doctest-modules optax_clip
+
+lint: $(VENV)/.lint  ## check style and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/.lint  ## check types
+	$(BIN)/mypy
+
+format: $(VENV)/.lint  ## fix style and format
+	$(BIN)/ruff check --fix --exit-zero
+	$(BIN)/ruff format
+
+dev: $(VENV)/.dev  ## install everything that a developer needs
+	@echo "Ready: . $(BIN)/activate"
+
+clean:  ## remove the environments and all that was built
+	rm -rf .venv .venv-* $(VENV) build dist demo.png
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "optax_clip needs Python 3.11 or newer, and $(PYTHON) is:" \
+	        "$$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade 'pip>=25.1'
+	@touch $@
+
+# One stamp for each dependency group of pyproject.toml.
+$(VENV)/.%: pyproject.toml $(VENV)/.pip
+	@echo "Installing the group '$*' into $(VENV). The first time takes a minute or two."
+	$(PIP) install --editable . --group $*
+	@touch $@

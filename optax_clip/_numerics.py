@@ -1,0 +1,155 @@
+"""Float care: sums that cannot overflow, factors that keep subnormals, exact landing."""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+T = TypeVar("T")
+
+
+def cond(pred: Any, true_fun: Callable[[], T], false_fun: Callable[[], T]) -> T:
+    """`lax.cond`, but a concrete predicate takes its branch without compiling the other."""
+    if isinstance(pred, jax.core.Tracer):
+        result: T = lax.cond(pred, true_fun, false_fun)
+        return result
+    return true_fun() if pred else false_fun()
+
+
+def accumulator(leaves: Sequence[Array]) -> Any:
+    """float64 if a leaf is float64 or complex128, else float32."""
+    wide = any(jnp.finfo(x.dtype).bits == 64 for x in leaves)
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def widen(x: Array, dtype: Any) -> Array:
+    """``x`` in the accumulator's precision, complex if ``x`` is."""
+    return x.astype(np.result_type(dtype, np.complex64) if jnp.iscomplexobj(x) else dtype)
+
+
+def scale(x: Array, *factors: Array) -> Array:
+    """``x * factors[0] * factors[1] ...``, formed in the factors' precision, rounded once."""
+    y = widen(x, factors[0].dtype)
+    for factor in factors:
+        if jnp.iscomplexobj(y):
+            y = lax.complex(y.real * factor, y.imag * factor)
+        else:
+            y = y * factor
+    return y.astype(x.dtype)
+
+
+def power_of_two(x: Array) -> Array:
+    """The largest power of two <= x, kept where its inverse is normal; a constant to autodiff."""
+    info = jnp.finfo(x.dtype)
+    bits = jnp.dtype(f"uint{info.bits}")
+    exponent = np.array(jnp.inf, x.dtype).view(bits)
+    power = lax.bitcast_convert_type(
+        lax.bitcast_convert_type(lax.stop_gradient(x), bits) & exponent, x.dtype
+    )
+    limit = 2.0 ** (info.maxexp - 2)
+    return jnp.clip(power, 1 / limit, limit)
+
+
+def broadcast_like(flag: Array, x: Array) -> Array:
+    """``flag`` in the shape of ``x``; by an addition, as `broadcast_to` loses an explicit sharding."""
+    return flag if flag.ndim == 0 else flag + jnp.zeros_like(x, dtype=flag.dtype)
+
+
+def varying_axes(x: Any) -> tuple[Hashable, ...]:
+    """The manual mesh axes over which ``x`` differs between devices inside `jax.shard_map`."""
+    aval = jax.typeof(x)
+    manual = getattr(aval, "mat", None)
+    names = getattr(aval, "vma", frozenset()) if manual is None else manual.varying
+    return tuple(sorted(names, key=str))
+
+
+def across_devices(
+    values: Sequence[Array],
+    names: Sequence[tuple[Hashable, ...]],
+    collective: Callable[..., Any],
+) -> list[Array]:
+    """Reduce each value over its own mapped axes, one collective for all that share them."""
+    out = list(values)
+    for axes in dict.fromkeys(names):
+        if axes:
+            same = [i for i, other in enumerate(names) if other == axes]
+            for i, value in zip(same, collective([out[i] for i in same], axes), strict=True):
+                out[i] = value
+    return out
+
+
+@jax.custom_jvp
+def nextafter(x: Array, towards: Array) -> Array:
+    """The neighbour of ``x``; its derivative is that of ``x``, as JAX has none for it."""
+    return jnp.nextafter(x, towards)
+
+
+nextafter.defjvps(lambda dx, out, x, towards: dx, None)
+
+
+def round_down(x: Any, dtype: Any) -> Any:
+    """The largest number of ``dtype`` that is <= x. NumPy stays NumPy, where 0.1 is a float64."""
+    xp: Any = jnp if isinstance(x, Array) else np
+    with np.errstate(over="ignore", under="ignore"):
+        y = xp.asarray(x).astype(dtype)
+    y = lax.optimization_barrier(y) if xp is jnp else y
+    below = (nextafter if xp is jnp else np.nextafter)(y, xp.full_like(y, -np.inf))
+    return xp.where(y.astype(x.dtype) > x, below, y)
+
+
+def round_up(x: Any, dtype: Any) -> Any:
+    """The smallest number of ``dtype`` that is >= x."""
+    return -round_down(-x, dtype)
+
+
+def truncate(x: Array, dtype: Any) -> Array:
+    """The number of ``dtype`` next to ``x`` on the side of zero."""
+    return x if x.dtype == dtype else jnp.copysign(round_down(jnp.abs(x), dtype), x.astype(dtype))
+
+
+def applied(p: Array, u: Array) -> Array:
+    """``p + u`` as `optax.apply_updates` rounds it."""
+    wide = _common(p, u)
+    total = (p.astype(wide) + u.astype(wide)).astype(p.dtype)
+    # XLA may keep what it computes next in more than 16 bits.
+    return lax.optimization_barrier(total) if total.dtype.itemsize < 4 else total
+
+
+def _common(p: Array, u: Array) -> Any:
+    """The dtype that JAX adds the two in, which strict promotion would refuse to name."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(p.dtype, u.dtype)
+
+
+def land(p: Array, u: Array, reached: Array, target: Array, *, shrinks: bool) -> Array:
+    """An update in the dtype of ``u`` that takes ``p`` to ``target``, in the set after rounding.
+
+    ``target - p`` rounds, and so does the sum: one neighbouring step of the update mends a miss.
+    A target equal to what ``u`` reaches keeps ``u``.
+
+    Args:
+        p: weights.
+        u: their update.
+        reached: ``p + u`` as it rounds.
+        target: where they shall be, in the dtype of ``p``.
+        shrinks: whether the set stays a set when entries shrink; it is then missed where the sum is
+            longer than the target. Otherwise it is missed where the sum ends on the side of the
+            target that ``reached`` was on.
+    """
+    if jnp.iscomplexobj(p):
+        parts = [[part(x) for x in (p, u, reached, target)] for part in (jnp.real, jnp.imag)]
+        return lax.complex(*(land(*part, shrinks=shrinks) for part in parts)).astype(u.dtype)
+    wide = _common(p, u)
+    new = (target.astype(wide) - p.astype(wide)).astype(u.dtype)
+    probe = applied(p, new)
+    if shrinks:
+        missed = (jnp.abs(probe) > jnp.abs(target)) | (probe * target < 0)
+        towards = -p.astype(u.dtype)
+    else:
+        missed = (probe > target) & (reached > target) | (probe < target) & (reached < target)
+        towards = jnp.where(reached > target, -jnp.inf, jnp.inf).astype(u.dtype)
+    new = jnp.where(missed, nextafter(new, towards), new)
+    return jnp.where(reached == target, u, new)

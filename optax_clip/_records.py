@@ -1,0 +1,61 @@
+"""What a transform writes into its state for `metrics` to read."""
+
+import functools
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from optax_clip._numerics import across_devices, varying_axes
+
+
+def first_record(name: str) -> dict[str, Array]:
+    gauges = ("norm_before", "norm_after", "threshold", "fraction")
+    counters = ("steps", "steps_clipped", "steps_nonfinite")
+    return {f"{name}/{key}": jnp.zeros((), jnp.float32) for key in gauges} | {
+        f"{name}/{key}": jnp.zeros((), jnp.int32) for key in counters
+    }
+
+
+def record(
+    last: dict[str, Array],
+    name: str,
+    *,
+    before: Array,
+    after: Array,
+    threshold: Array,
+    over: Sequence[Array],
+    finite: Array,
+) -> dict[str, Array]:
+    """The metrics of one step. ``over`` says of each scope, or entry, whether it was clipped."""
+    fraction = share(over)
+    gauges = {
+        "norm_before": before,
+        "norm_after": after,
+        "threshold": threshold,
+        "fraction": jnp.where(finite, fraction, 0),
+    }
+    counts: dict[str, Array | bool] = {
+        "steps": True,
+        "steps_clipped": finite & (fraction > 0),
+        "steps_nonfinite": ~finite,
+    }
+    new = {f"{name}/{key}": jnp.asarray(x).astype(jnp.float32) for key, x in gauges.items()}
+    for key, happened in counts.items():
+        new[f"{name}/{key}"] = increment(last[f"{name}/{key}"], happened)
+    return new
+
+
+def share(flags: Sequence[Array]) -> Array:
+    """The share of True among all entries of some arrays, on all devices that hold a part of them."""
+    names = [varying_axes(x) for x in flags]
+    marked = across_devices([jnp.sum(x, dtype=jnp.float32) for x in flags], names, lax.psum)
+    sizes = [x.size * (lax.psum(1, axes) if axes else 1) for x, axes in zip(flags, names, strict=True)]
+    number: Array = functools.reduce(jnp.add, marked, jnp.float32(0))
+    return number / max(sum(sizes), 1)
+
+
+def increment(count: Array, happened: Array | bool = True) -> Array:
+    """Count up, and stay at the largest int32."""
+    more: Array = happened & (count < 2**31 - 1)
+    return count + more.astype(count.dtype)

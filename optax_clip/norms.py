@@ -1,0 +1,300 @@
+"""Measure: the norm of a whole tree, of each leaf, of each unit."""
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from optax_clip import _validate
+from optax_clip._numerics import (
+    accumulator,
+    across_devices,
+    cond,
+    power_of_two,
+    scale,
+    varying_axes,
+    widen,
+)
+from optax_clip._trees import Layout, entries, path_string
+from optax_clip._validate import AxisName, Ord, Scope
+
+__all__ = ["global_norm", "tree_norms"]
+
+
+class Norm(NamedTuple):
+    """A norm kept as ``root / scale``, ``scale`` a power of two, so that neither part overflows."""
+
+    root: Array
+    scale: Array
+
+    @property
+    def value(self) -> Array:
+        return self.root / self.scale
+
+    @classmethod
+    def of(cls, value: Array) -> "Norm":
+        """Bring ``value`` into [1, 2)."""
+        power = power_of_two(value)
+        return cls(value / power, 1 / power)
+
+
+def global_norm(tree: Any, *, ord: Ord = None, axis_name: AxisName = None) -> Array:
+    r"""Norm of the whole tree as one vector.
+
+    Unlike a plain root of a sum of squares it neither overflows nor underflows: float16 gradients of
+    300, float32 gradients of 1e25 or 1e-30 have their true norm.
+
+    .. math:: \|g\|_p = \Big(\sum_i |g_i|^p\Big)^{1/p}
+
+    Args:
+        tree: arrays of any shape and float or complex dtype; complex entries count by modulus. Leaves
+            of other dtypes and None are not counted.
+        ord: ``None`` or 2, 1, ``math.inf``, any float p >= 1, or ``"rms"`` for the root of the mean
+            square. Static.
+        axis_name: mapped axes to sum over besides those that the types of the leaves name inside
+            `jax.shard_map`; for `jax.pmap`, ``vmap(axis_name=...)`` and ``check_vma=False``.
+
+    Returns:
+        A float32 scalar, float64 if a leaf is. 0 for an empty tree; inf or NaN if an entry is, and inf
+        where the norm itself is beyond the dtype. The derivative at a zero norm is 0.
+
+    Raises:
+        ValueError: if ``ord`` is not one of the above or is a JAX array.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from optax_clip import global_norm
+        >>> tree = {"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}
+        >>> print(global_norm(tree), global_norm(tree, ord=1))
+        5.0 7.0
+        >>> print(global_norm(jnp.full(4, 1e30)))
+        2e+30
+    """
+    norm: Array = tree_norms(tree, scope="global", ord=ord, axis_name=axis_name)
+    return norm
+
+
+def tree_norms(tree: Any, *, scope: Scope = "leaf", ord: Ord = None, axis_name: AxisName = None) -> Any:
+    r"""Norms of the parts of a tree: per leaf, per unit, or over given axes.
+
+    .. math:: \|g_s\|_p = \Big(\sum_{i \in s} |g_i|^p\Big)^{1/p} \quad \text{for each scope } s
+
+    Args:
+        tree: arrays of any shape and float or complex dtype.
+        scope: which entries share a norm. ``"global"``, ``"leaf"``; ``"unit"`` for one index of the
+            last axis, the layout ``(..., in, out)`` of Flax kernels; an int or a tuple of ints for the
+            axes that are reduced; or a callable ``(path, leaf) -> one of these but "global"``.
+        ord: which norm, as in `global_norm`.
+        axis_name: mapped axes to sum over, as in `global_norm`. Inside `jax.shard_map` a scope that
+            keeps a dimension needs it for leaves that differ between devices (``()`` if each device
+            holds whole units).
+
+    Returns:
+        A tree like ``tree`` of float32 (float64 if a leaf is) norms, reduced axes kept as size 1, None
+        for leaves that are not inexact. With ``scope="global"`` a scalar.
+
+    Raises:
+        ValueError: for an unknown scope or order, or an axis that a leaf does not have.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from optax_clip import tree_norms
+        >>> kernel = jnp.array([[3.0, 0.0], [4.0, 2.0]])
+        >>> print(tree_norms({"kernel": kernel}, scope="unit")["kernel"])
+        [[5. 2.]]
+    """
+    _validate.order(ord)
+    _validate.scope(scope)
+    layout = Layout.of(tree, scope)
+    norms = [norm.value for norm in measure(layout, ord=ord, axis_name=axis_name)]
+    return norms[0] if layout.pooled == "global" else as_tree(layout, norms)
+
+
+def as_tree(layout: Layout, values: Sequence[Array]) -> Any:
+    """One value a scope as a tree, in the shape of each leaf with its reduced axes kept."""
+    parts = list(values[0]) if layout.pooled == "leaf" else values
+    kept = [part.reshape(shape) for part, shape in zip(parts, layout.kept_shapes, strict=True)]
+    return layout.rebuild(kept, other=lambda leaf: None)
+
+
+def measure(layout: Layout, *, ord: Ord, axis_name: AxisName) -> list[Norm]:
+    """The norms of a layout: one scalar (global), one vector (leaf), or one array a leaf.
+
+    A fast sum of powers, and a second one with every scope scaled by its own largest entry only where
+    the first is not to be trusted. ``tiny`` a nonzero entry tells a zero scope from an underflow.
+    """
+    p = exponent(ord)
+    leaves = layout.measured
+    dtype = accumulator(leaves)
+    mapped = mapped_axes(layout, axis_name)
+    counts = [np.asarray(n, dtype) for n in scope_sizes(layout, mapped)]
+    info = jnp.finfo(dtype)
+    tiny = 0.0 if p in (1, math.inf) else 64 * float(info.smallest_normal)
+
+    # The norm reads 16-bit leaves on its own: shared with the product, their float32 copy would
+    # be written to memory.
+    leaves = [widen(lax.optimization_barrier(x) if x.dtype.itemsize < 4 else x, dtype) for x in leaves]
+
+    def pool(terms: list[Array], *, p: float) -> list[Array]:
+        return _pool(layout, terms, mapped, dtype, maximum=p == math.inf)
+
+    def root(sums: list[Array]) -> list[Array]:
+        means = [s / jnp.maximum(n, 1) if ord == "rms" else s for s, n in zip(sums, counts, strict=True)]
+        return [_root(s, p) for s in means]
+
+    sums = pool([_power(x, p) + jnp.where(x != 0, tiny, 0.0).astype(dtype) for x in leaves], p=p)
+    trusted = [
+        (s == 0) | ((s >= n * (tiny / (64 * float(info.eps)))) & (s <= info.max))
+        for s, n in zip(sums, counts, strict=True)
+    ]
+
+    def scaled() -> list[Norm]:
+        scales = [1 / power_of_two(s) for s in pool([jnp.abs(x) for x in leaves], p=math.inf)]
+        own = shares(layout, scales)
+        sums = pool([_power(scale(x, k), p) for x, k in zip(leaves, own, strict=True)], p=p)
+        return [Norm(r, k) for r, k in zip(root(sums), scales, strict=True)]
+
+    return cond(
+        functools.reduce(operator.and_, [jnp.all(t) for t in trusted], True),
+        lambda: [Norm.of(r) for r in root(sums)],
+        scaled,
+    )
+
+
+def total(layout: Layout, values: Sequence[Array], *, ord: Ord, axis_name: AxisName) -> Array:
+    """The norm of the whole tree from the norms of its scopes."""
+    if layout.pooled == "global":
+        return values[0]
+    p = exponent(ord)
+    counts = scope_sizes(layout, mapped_axes(layout, axis_name))
+    dtype = accumulator(layout.measured)
+    names = [varying_axes(v) for v in values]
+
+    def pool(terms: list[Array], *, maximum: bool = False) -> Array:
+        parts = [jnp.max(t, initial=0) if maximum else jnp.sum(t) for t in terms]
+        parts = across_devices(parts, names, lax.pmax if maximum else lax.psum)
+        return _join(parts, dtype, maximum=maximum)
+
+    peak = pool(list(values), maximum=True)
+    peak = jnp.where((peak > 0) & (peak < jnp.inf), peak, 1)
+    terms = [_power(v / peak, p) for v in values]
+    if ord == "rms":
+        sizes = [
+            jnp.broadcast_to(jnp.asarray(n, dtype), t.shape) for n, t in zip(counts, terms, strict=True)
+        ]
+        terms = [t * n for t, n in zip(terms, sizes, strict=True)]
+        return peak * _root(pool(terms) / jnp.maximum(pool(sizes), 1), p)
+    return peak * _root(pool(terms, maximum=p == math.inf), p)
+
+
+def exponent(ord: Ord) -> float:
+    return 2.0 if ord is None or ord == "rms" else float(ord)
+
+
+def _power(x: Array, p: float) -> Array:
+    """``|x|^p``, with derivatives of 0 at 0 in every order but the square's own."""
+    if p == 2:
+        return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
+    y = jnp.abs(x)
+    if p in (1, math.inf):
+        return y
+    zero = y == 0
+    return jnp.where(zero, 0, jnp.where(zero, 1, y) ** p)
+
+
+def _root(x: Array, p: float) -> Array:
+    """``x^(1/p)``, with a derivative of 0 at 0."""
+    if p in (1, math.inf):
+        return x
+    zero = x == 0
+    y = jnp.where(zero, 1, x)
+    return jnp.where(zero, 0, jnp.sqrt(y) if p == 2 else y ** (1 / p))
+
+
+def _join(parts: Sequence[Array], dtype: Any, *, maximum: bool) -> Array:
+    """The sum, or the largest, of some scalars."""
+    op: Callable[[Array, Array], Array] = jnp.maximum if maximum else jnp.add
+    return functools.reduce(op, parts) if parts else jnp.zeros((), dtype)
+
+
+def _pool(
+    layout: Layout,
+    terms: Sequence[Array],
+    mapped: Sequence[tuple[Hashable, ...]],
+    dtype: Any,
+    *,
+    maximum: bool,
+) -> list[Array]:
+    """Reduce one term an entry to one value a scope."""
+    keep = layout.pooled is None
+    values = [
+        jnp.max(t, axis=axes, keepdims=keep, initial=0)
+        if maximum
+        else jnp.sum(t, axis=axes, keepdims=keep)
+        for t, axes in zip(terms, layout.axes, strict=True)
+    ]
+    collective = lax.pmax if maximum else lax.psum
+    if layout.pooled == "global":
+        groups = list(dict.fromkeys(mapped))
+        same = [[v for v, m in zip(values, mapped, strict=True) if m == group] for group in groups]
+        joined = [_join(parts, dtype, maximum=maximum) for parts in same]
+        return [_join(across_devices(joined, groups, collective), dtype, maximum=maximum)]
+    values = across_devices(values, mapped, collective)
+    if layout.pooled == "leaf":
+        return [jnp.stack(values) if values else jnp.zeros((0,), dtype)]
+    return values
+
+
+def shares(layout: Layout, values: Sequence[Array]) -> list[Array]:
+    """For each inexact leaf the value of its scope: a scalar, or an array with reduced axes kept."""
+    n = len(layout.places)
+    if layout.pooled == "global":
+        return [values[0]] * n
+    return [values[0][i] for i in range(n)] if layout.pooled == "leaf" else list(values)
+
+
+def mapped_axes(layout: Layout, axis_name: AxisName) -> list[tuple[Hashable, ...]]:
+    """The mapped axes to reduce each leaf over.
+
+    A type says over which mesh axes a leaf varies, not which of its dimensions they split: a scope
+    that keeps a dimension has to be told.
+    """
+    given = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    mapped = []
+    for i, x, axes in zip(layout.places, layout.measured, layout.axes, strict=True):
+        varying = varying_axes(x)
+        if len(axes) < x.ndim:
+            if varying and axis_name is None:
+                raise ValueError(
+                    f"Expected axis_name for leaf {path_string(layout.paths[i])!r} of shape "
+                    f"{x.shape}, which varies over the mesh axes {varying}: a scope that keeps a "
+                    "dimension cannot know which dimension they split. Give axis_name=() if each "
+                    f"device holds whole units. Got axis_name={axis_name!r}."
+                )
+            varying = ()
+        mapped.append((*given, *(a for a in varying if a not in given)))
+    return mapped
+
+
+def scope_sizes(layout: Layout, mapped: Sequence[tuple[Hashable, ...]]) -> list[Any]:
+    """How many entries share each norm, on all devices."""
+    sizes = [
+        entries(x.shape, axes) * (lax.psum(1, names) if names else 1)
+        for x, axes, names in zip(layout.measured, layout.axes, mapped, strict=True)
+    ]
+    if layout.pooled == "global":
+        return [sum(sizes)]
+    return [np.asarray(sizes)] if layout.pooled == "leaf" else sizes
+
+
+def all_finite(norms: Sequence[Norm]) -> Array:
+    """Is every entry finite? A finite norm beyond the dtype still has a finite root."""
+    names = [varying_axes(norm.root) for norm in norms]
+    broken = [jnp.any(~jnp.isfinite(norm.root)).astype(jnp.int32) for norm in norms]
+    counts = across_devices(broken, names, lax.psum)
+    return functools.reduce(jnp.logical_and, [count == 0 for count in counts], jnp.array(True))

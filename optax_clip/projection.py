@@ -1,0 +1,218 @@
+"""Act on weights: project them onto a set after each step."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from optax_clip import _validate
+from optax_clip._numerics import (
+    accumulator,
+    applied,
+    cond,
+    land,
+    widen,
+)
+from optax_clip._records import increment, share
+from optax_clip._trees import Layout, path_string, place_like
+from optax_clip.norms import global_norm
+from optax_clip.sets import Constraint, as_constraint
+
+__all__ = ["project", "project_weights", "violation", "where"]
+
+ConstraintLike = Constraint | Callable[[optax.Params], optax.Params]
+
+
+class ProjectState(NamedTuple):
+    """What a projection did; read it with `metrics`."""
+
+    recorded: dict[str, Array]
+
+
+def project(params: optax.Params, constraint: ConstraintLike) -> optax.Params:
+    r"""Project weights onto a set.
+
+    .. math:: P_S(w) = \arg\min_{v \in S} \|v - w\|_2
+
+    Args:
+        params: weights of any shape and float dtype; leaves that are not inexact pass through.
+        constraint: a set such as `box` or `norm_ball`, or any callable ``params -> params``.
+
+    Returns:
+        The weights in the set, each leaf in its own dtype. What is inside comes back bit for bit.
+
+    Raises:
+        TypeError: if the constraint is neither a set nor callable.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from optax_clip import norm_sphere, project
+        >>> print(project({"w": jnp.array([3.0, 4.0])}, norm_sphere(10.0)))
+        {'w': Array([6., 8.], dtype=float32)}
+    """
+    return as_constraint(constraint).nearest(params)
+
+
+def violation(params: optax.Params, constraint: ConstraintLike) -> Array:
+    r"""How far weights are outside a set.
+
+    .. math:: \max_s \big(\|w_s\| - r\big)_+
+
+    for norm sets, the largest excess over the scopes; for boxes the largest distance of an entry from
+    its interval; for a sphere the largest deviation of a norm that is not 0; for a plain callable the
+    largest distance that it moves an entry.
+
+    Args:
+        params: weights of any shape and float dtype.
+        constraint: a set, or any callable ``params -> params``.
+
+    Returns:
+        A float32 scalar, 0 inside.
+
+    Raises:
+        TypeError: if the constraint is neither a set nor callable.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from optax_clip import norm_ball, violation
+        >>> print(violation({"w": jnp.array([3.0, 4.0])}, norm_ball(2.0)))
+        3.0
+    """
+    return as_constraint(constraint).excess(params)
+
+
+def project_weights(
+    constraint: ConstraintLike, *, every: int = 1, name: str = "project"
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keep the weights in a set: turn an update into one that lands inside.
+
+    It must come last in the chain, after the learning rate and weight decay, since what follows it would
+    move the weights out again. Inside `optax.MultiSteps` it belongs to the inner optimizer.
+
+    .. math:: u \leftarrow P_S(w + u) - w
+
+    Args:
+        constraint: a set such as `box` or `norm_ball`, or any callable ``params -> params``. Under
+            `optax.inject_hyperparams` name it in ``static_args``.
+        every: project only each ``every``-th step, counted from 1.
+        name: prefix of the metrics.
+
+    Returns:
+        A transform whose update needs ``params``. After `optax.apply_updates` has rounded, the weights
+        are in the set: exactly for boxes, at most the radius in float64 for norm balls, within 4 eps
+        for spheres. A weight that was going to land inside keeps its update bit for bit, and updates
+        keep their dtype. Metrics: ``distance``, how far the projection moved the weights in the
+        2-norm, ``fraction``, the share of entries that it moved, and ``steps``.
+
+    Raises:
+        TypeError: if the constraint is neither a set nor callable, or ``every`` not an integer.
+        ValueError: if ``every < 1``, or if the update is called without ``params``.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from optax_clip import box, project_weights
+        >>> params = jnp.array([0.5, -0.75])
+        >>> gradient = jnp.array([-4.0, 1.0])
+        >>> def step(tx):
+        ...     updates, _ = tx.update(gradient, tx.init(params), params)
+        ...     return optax.apply_updates(params, updates)
+        >>> print(step(optax.chain(optax.sgd(0.25), project_weights(box(-1.0, 1.0)))))
+        [ 1. -1.]
+
+        First in the chain it bounds ``params + gradient``, which is not where the weights go:
+
+        >>> print(step(optax.chain(project_weights(box(-1.0, 1.0)), optax.sgd(4.0))))
+        [ 6.5  -4.75]
+    """
+    wanted = as_constraint(constraint)
+    _validate.integer(1, every=every)
+    _validate.label(name=name)
+
+    def init(params: optax.Params) -> ProjectState:
+        gauges = {f"{name}/{key}": jnp.zeros((), jnp.float32) for key in ("distance", "fraction")}
+        recorded = gauges | {f"{name}/steps": jnp.zeros((), jnp.int32)}
+        return place_like(ProjectState(recorded), params)
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, ProjectState]:
+        del extra
+        if params is None:
+            raise ValueError("Expected params in update of project_weights, got params=None.")
+        steps = increment(state.recorded[f"{name}/steps"])
+
+        def projected() -> tuple[optax.Updates, Array, Array]:
+            return _project_updates(wanted, updates, params)
+
+        def untouched() -> tuple[optax.Updates, Array, Array]:
+            return updates, jnp.float32(0), jnp.float32(0)
+
+        always = not _validate.is_traced(every) and int(every) == 1
+        due = True if always else steps % jnp.maximum(jnp.int32(every), 1) == 0
+        updates, distance, fraction = cond(due, projected, untouched)
+        gauges = {f"{name}/distance": distance, f"{name}/fraction": fraction}
+        return updates, ProjectState(gauges | {f"{name}/steps": steps})
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def where(predicate: Callable[[str, Any], bool]) -> Callable[[Any], Any]:
+    """Make a mask for `optax.masked` from the paths of the leaves.
+
+    Args:
+        predicate: ``(path, leaf) -> bool``. The path joins keys by "/", such as ``"dense/kernel"`` or
+            ``"params/dense/kernel"``: the same for linen and nnx, at init and at update.
+
+    Returns:
+        A callable ``tree -> tree of bool``.
+
+    Raises:
+        TypeError: if the predicate is not callable.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from optax_clip import norm_ball, project_weights, where
+        >>> kernels = where(lambda path, leaf: path.endswith("kernel"))
+        >>> print(kernels({"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}))
+        {'dense': {'bias': False, 'kernel': True}}
+        >>> tx = optax.masked(project_weights(norm_ball(1.0)), kernels)
+    """
+    if not callable(predicate):
+        raise TypeError(f"Expected predicate to be callable, got predicate={predicate!r}.")
+
+    def mask(tree: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: bool(predicate(path_string(path), leaf)), tree
+        )
+
+    return mask
+
+
+def _project_updates(
+    constraint: Constraint, updates: optax.Updates, params: optax.Params
+) -> tuple[optax.Updates, Array, Array]:
+    """The updates that land in the set, how far that moves the weights, and the share moved."""
+    layout = Layout.of(updates, "leaf")
+    weights = layout._replace(leaves=layout.treedef.flatten_up_to(params)).measured
+    # XLA contracts products with the sums below, which `apply_updates` would not repeat.
+    wanted = lax.optimization_barrier(layout.measured)
+    reached = [applied(p, u) for p, u in zip(weights, wanted, strict=True)]
+    targets = Layout.of(constraint.nearest(layout.rebuild(reached, other=lambda _: None)), "leaf")
+    targets = lax.optimization_barrier(targets.measured)
+    landed = [
+        land(p, u, s, t, shrinks=constraint.shrinks)
+        for p, u, s, t in zip(weights, wanted, reached, targets, strict=True)
+    ]
+    dtype = accumulator(targets)
+    moves = [widen(t, dtype) - widen(s, dtype) for s, t in zip(reached, targets, strict=True)]
+    fraction = share([s != t for s, t in zip(reached, targets, strict=True)])
+    distance = global_norm(moves).astype(jnp.float32)
+    return layout.rebuild(landed), distance, fraction
