@@ -151,15 +151,8 @@ def draw(runs: dict[str, Run], vocab: int, out: Path) -> None:
         guess, color="black", linestyle=":", linewidth=1.2, label=f"blind guess ({guess:.3g})"
     )
     if off:
-        losses.text(
-            0.98,
-            0.97,
-            "\n".join(["off the scale:", *off]),
-            ha="right",
-            va="top",
-            transform=losses.transAxes,
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8},
-        )
+        words = "off the scale: " + ", ".join(off)
+        losses.text(0.98, 0.96, words, ha="right", va="top", fontsize=9, transform=losses.transAxes)
 
     alone, both = (runs[name].clipped.mean() for name in (NORM, BOTH))
     norms.set_title(
@@ -237,9 +230,7 @@ def main() -> None:
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--steps", type=positive_integer, default=1000, help="steps for each setting"
-    )
+    parser.add_argument("--steps", type=positive_integer, default=1000, help="steps for each setting")
     parser.add_argument("--seed", type=seed, default=0, help="seed of the weights and batches")
     parser.add_argument("--out", type=picture, default="demo.png", help="where the figure goes")
     args = parser.parse_args()
