@@ -54,8 +54,8 @@ def power_of_two(x: Array) -> Array:
 
 
 def broadcast_like(flag: Array, x: Array) -> Array:
-    """``flag`` in the shape of ``x``; by an addition, as `broadcast_to` loses an explicit sharding."""
-    return flag if flag.ndim == 0 else flag + jnp.zeros_like(x, dtype=flag.dtype)
+    """``flag`` in the shape of ``x``; against a truth made of ``x``, which brings its sharding along."""
+    return flag if flag.ndim == 0 else flag & ((x == x) | (x != x))
 
 
 def varying_axes(x: Any) -> tuple[Hashable, ...]:

@@ -340,7 +340,6 @@ def _rescale(
     factor is applied in two parts where it is itself outside the float range.
     """
     finite = all_finite(norms)
-    bad = jnp.int32(2 if nonfinite == "zero" else 1)
     overs, parts, after = [], [], []
     for norm, bound in zip(norms, limits, strict=True):
         limit = jnp.maximum(bound, 0)
@@ -352,34 +351,22 @@ def _rescale(
         fits = (factor >= info.smallest_normal) & (factor <= info.max)
         first = jnp.where(over & ~fits, norm.scale, 1)
         second = jnp.where(over, jnp.where(fits, factor, ratio), 1)
-        parts.append(
-            (
-                jnp.where(finite, over.astype(jnp.int32), bad),
-                first,
-                jnp.where(finite, second, jnp.nan),
-            )
-        )
+        second = jnp.where(finite, second, jnp.nan)
+        parts.append(lax.optimization_barrier((over | ~finite, first, second)))
         overs.append(over & finite)
         emptied = jnp.where(finite, jnp.where(over, limit, norm.value), jnp.nan)
         after.append(jnp.where(finite, emptied, 0) if nonfinite == "zero" else emptied)
-    cases, firsts, seconds = zip(*lax.optimization_barrier(parts), strict=True) if parts else ((),) * 3
+    columns = zip(*parts, strict=True) if parts else ((), (), ())
     leaves = [
-        _select(case, x, scale(x, first, second))
-        for x, case, first, second in zip(
-            layout.measured,
-            shares(layout, cases),
-            shares(layout, firsts),
-            shares(layout, seconds),
-            strict=True,
+        lax.select(broadcast_like(changed, x), scale(x, first, second), x)
+        for x, changed, first, second in zip(
+            layout.measured, *(shares(layout, column) for column in columns), strict=True
         )
     ]
+    if nonfinite == "zero":
+        whole = lax.optimization_barrier(finite)
+        leaves = [lax.select(whole, x, jnp.zeros_like(x)) for x in leaves]
     return _Rescaled(layout.rebuild(leaves), overs, after, finite)
-
-
-def _select(case: Array, x: Array, scaled: Array) -> Array:
-    """Case 0: ``x``, 1: ``scaled``, 2: zeros."""
-    case = broadcast_like(case, x)
-    return lax.select_n(case, x, scaled, jnp.zeros_like(x))
 
 
 def _measured_or_given(

@@ -126,7 +126,7 @@ def measure(layout: Layout, *, ord: Ord, axis_name: AxisName) -> list[Norm]:
     """The norms of a layout: one scalar (global), one vector (leaf), or one array a leaf.
 
     A fast sum of powers, and a second one with every scope scaled by its own largest entry only where
-    the first is not to be trusted. ``tiny`` a nonzero entry tells a zero scope from an underflow.
+    the first is not to be trusted.
     """
     p = exponent(ord)
     leaves = layout.measured
@@ -134,7 +134,8 @@ def measure(layout: Layout, *, ord: Ord, axis_name: AxisName) -> list[Norm]:
     mapped = mapped_axes(layout, axis_name)
     counts = [np.asarray(n, dtype) for n in scope_sizes(layout, mapped)]
     info = jnp.finfo(dtype)
-    tiny = 0.0 if p in (1, math.inf) else 64 * float(info.smallest_normal)
+    # The share of a sum that underflow may have taken is then below 2^-17.
+    floor = 0.0 if p in (1, math.inf) else float(info.smallest_normal) / (64 * float(info.eps))
 
     # The norm reads 16-bit leaves on its own: shared with the product, their float32 copy would
     # be written to memory.
@@ -147,14 +148,17 @@ def measure(layout: Layout, *, ord: Ord, axis_name: AxisName) -> list[Norm]:
         means = [s / jnp.maximum(n, 1) if ord == "rms" else s for s, n in zip(sums, counts, strict=True)]
         return [_root(s, p) for s in means]
 
-    sums = pool([_power(x, p) + jnp.where(x != 0, tiny, 0.0).astype(dtype) for x in leaves], p=p)
-    trusted = [
-        (s == 0) | ((s >= n * (tiny / (64 * float(info.eps)))) & (s <= info.max))
-        for s, n in zip(sums, counts, strict=True)
-    ]
+    def peaks() -> list[Array]:
+        return pool([jnp.abs(x) for x in leaves], p=math.inf)
+
+    sums = pool([_power(x, p) for x in leaves], p=p)
+    trusted = [(s >= n * floor) & (s <= info.max) for s, n in zip(sums, counts, strict=True)]
+    if floor and layout.pooled is None:
+        # Many units are all zero, such as unused rows of an embedding; a tree or a leaf rarely is.
+        trusted = [t | (peak == 0) for t, peak in zip(trusted, peaks(), strict=True)]
 
     def scaled() -> list[Norm]:
-        scales = [1 / power_of_two(s) for s in pool([jnp.abs(x) for x in leaves], p=math.inf)]
+        scales = [1 / power_of_two(peak) for peak in peaks()]
         own = shares(layout, scales)
         sums = pool([_power(scale(x, k), p) for x, k in zip(leaves, own, strict=True)], p=p)
         return [Norm(r, k) for r, k in zip(root(sums), scales, strict=True)]

@@ -203,10 +203,10 @@ def _project_updates(
     layout = Layout.of(updates, "leaf")
     weights = layout._replace(leaves=layout.treedef.flatten_up_to(params)).measured
     # XLA contracts products with the sums below, which `apply_updates` would not repeat.
-    wanted = lax.optimization_barrier(layout.measured)
+    wanted = [lax.optimization_barrier(u) for u in layout.measured]
     reached = [applied(p, u) for p, u in zip(weights, wanted, strict=True)]
-    targets = Layout.of(constraint.nearest(layout.rebuild(reached, other=lambda _: None)), "leaf")
-    targets = lax.optimization_barrier(targets.measured)
+    found = Layout.of(constraint.nearest(layout.rebuild(reached, other=lambda _: None)), "leaf")
+    targets = [lax.optimization_barrier(t) for t in found.measured]
     landed = [
         land(p, u, s, t, shrinks=constraint.shrinks)
         for p, u, s, t in zip(weights, wanted, reached, targets, strict=True)

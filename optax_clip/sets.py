@@ -283,7 +283,7 @@ def _by_norm(radius: ArrayLike, scope: Scope, *, sphere: bool) -> Callable[[Any]
                 close = norm.root <= limit * (1 - margin)
                 target = target * (1 - margin - 6 * unit)
             move = ~close & jnp.isfinite(norm.root) & (norm.root > 0)
-            moves.append(move.astype(jnp.int32))
+            moves.append(move)
             firsts.append(norm.scale)
             seconds.append(jnp.where(move, target, 1) / jnp.where(move, norm.root, 1))
         parts = [shares(layout, each) for each in (moves, firsts, seconds)]
@@ -307,7 +307,7 @@ def _move(x: Array, move: Array, first: Array, second: Array, *, sphere: bool) -
         moved = lax.complex(truncate(product.real, real), truncate(product.imag, real))
     else:
         moved = truncate(product, x.dtype)
-    return lax.select_n(broadcast_like(move, x), x, moved)
+    return lax.select(broadcast_like(move, x), moved, x)
 
 
 def _norm_excess(scope: Scope, excess: Callable[[Array], Array]) -> Callable[[Any], Array]:

@@ -414,8 +414,7 @@ class ClipByRule:
         else:
             sizes = {} if weights is None else dict(items(weights))
             limits = {
-                path: self.limits(path, n, sizes.get(path), total)
-                for path, n in inexact_items(norms)
+                path: self.limits(path, n, sizes.get(path), total) for path, n in inexact_items(norms)
             }
             limits = rebuild(leaves, limits, lambda leaf: None)
         return clip_by_norm(leaves, limits, self.scope, self.ord, self.nonfinite)

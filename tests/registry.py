@@ -1,0 +1,118 @@
+"""Every public transform, one row each: `tests/test_contract.py` puts each row through the same checks.
+
+A new transform is not done before its row is here. Most are one line:
+
+    Row("autoclip", autoclip, {"percentile": 10}, number="percentile"),
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+
+import optax_clip as oc
+
+
+class Row(NamedTuple):
+    """One transform and what the checks need to know about it."""
+
+    id: str
+    factory: Callable[..., optax.GradientTransformationExtraArgs]
+    kwargs: dict[str, Any]
+    # An argument that may be traced or mapped over; for a set, the set as a function of its number.
+    number: str | Callable[[Any], oc.Constraint] | None = None
+    # What `inject_hyperparams` must not take for a schedule or trace.
+    static_args: tuple[str, ...] = ()
+    needs_params: bool = False
+    # Each entry depends on no other.
+    elementwise: bool = False
+    # What is inside the bounds comes back bit for bit.
+    only_outside: bool = True
+    # The smallest rank of a leaf: 1 where an axis is named.
+    min_rank: int = 0
+    # "standard" for other people's code that mixes dtypes.
+    promotion: str = "strict"
+
+    def make(self, number: Any = None) -> optax.GradientTransformationExtraArgs:
+        """The transform, with another number if one is given."""
+        kwargs = dict(self.kwargs)
+        if callable(self.number) and number is not None:
+            kwargs["constraint"] = self.number(number)
+        elif number is not None:
+            kwargs[self.number] = number
+        return self.factory(**kwargs)
+
+
+def weights(id: str, constraint: Any, at: Any = None, every: int = 1, **more: Any) -> Row:
+    """A row for a set, or for ``constraint(at)``: then ``at`` is the number to vary."""
+    kwargs = {"constraint": constraint if at is None else constraint(at), "every": every}
+    number = None if at is None else constraint
+    more = {"number": number, "static_args": ("constraint",), "needs_params": True, **more}
+    return Row(id, oc.project_weights, kwargs, **more)
+
+
+def by_kind(path: str, leaf: Any) -> str:
+    """A scope that differs from leaf to leaf."""
+    return "unit" if path.endswith("kernel") else "leaf"
+
+
+def halving(step: Any) -> Any:
+    return 1.0 / (1.0 + jnp.asarray(step).astype(jnp.float32))
+
+
+# A limit of half the largest norm seen so far, and 1 at first.
+half_of_largest = oc.ThresholdRule(
+    lambda norms: jnp.full_like(norms, 2.0),
+    lambda norms, last, *_: (last / 2, jnp.maximum(last, jnp.nan_to_num(norms, posinf=0.0))),
+)
+
+ROWS = (
+    Row("clip_by_value", oc.clip_by_value, {"limit": 0.5}, number="limit", elementwise=True),
+    Row(
+        "clip_by_value, lower",
+        oc.clip_by_value,
+        {"limit": 0.5, "lower": -0.25},
+        number="limit",
+        elementwise=True,
+    ),
+    Row("clip_by_global_norm", oc.clip_by_global_norm, {"max_norm": 1.0}, number="max_norm"),
+    Row(
+        "clip_by_global_norm, ord=1, zero",
+        oc.clip_by_global_norm,
+        {"max_norm": 1.0, "ord": 1, "nonfinite": "zero"},
+        number="max_norm",
+        static_args=("ord",),
+    ),
+    Row("clip_by_norm, leaf", oc.clip_by_norm, {"threshold": 1.0}, number="threshold"),
+    Row("clip_by_norm, unit", oc.clip_by_norm, {"threshold": 1.0, "scope": "unit"}, number="threshold"),
+    Row(
+        "clip_by_norm, axes",
+        oc.clip_by_norm,
+        {"threshold": 1.0, "scope": (0,)},
+        number="threshold",
+        min_rank=1,
+    ),
+    Row(
+        "clip_by_norm, callable",
+        oc.clip_by_norm,
+        {"threshold": 1.0, "scope": by_kind},
+        number="threshold",
+        static_args=("scope",),
+    ),
+    Row("clip_by_norm, schedule", oc.clip_by_norm, {"threshold": halving}),
+    Row("clip_by_norm, rule", oc.clip_by_norm, {"threshold": half_of_largest}),
+    Row("clip_by_norm, rule, unit", oc.clip_by_norm, {"threshold": half_of_largest, "scope": "unit"}),
+    Row("normalize_by_norm", oc.normalize_by_norm, {"norm": 1.0}, number="norm", only_outside=False),
+    weights("box", lambda upper: oc.box(-0.5, upper), at=0.5, elementwise=True),
+    weights("box, every=2", oc.box(-0.5, 0.5), every=2, elementwise=True),
+    weights("non_negative", oc.non_negative(), elementwise=True),
+    weights("norm_ball", oc.norm_ball, at=1.0),
+    weights("norm_ball, inf", lambda r: oc.norm_ball(r, ord=math.inf), at=0.5, elementwise=True),
+    weights("norm_ball, unit", lambda r: oc.norm_ball(r, scope="unit"), at=1.0),
+    weights("norm_sphere", oc.norm_sphere, at=1.0, only_outside=False),
+    weights("optax.projections", optax.projections.projection_l2_ball, promotion="standard"),
+)
+
+BY_ID = {row.id: row for row in ROWS}

@@ -1,0 +1,69 @@
+"""The public face: names, docstrings, the registry, the version."""
+
+import importlib.metadata
+import inspect
+from pathlib import Path
+
+import pytest
+
+import optax_clip
+from registry import ROWS
+
+NAMES = optax_clip.__all__
+# Functions and classes that a person calls; `metrics` reads, the others make or measure.
+OBJECTS = {name: getattr(optax_clip, name) for name in NAMES}
+
+
+def is_transform(value):
+    """Whether a function makes an Optax transform, by what it says it returns."""
+    return inspect.isfunction(value) and "GradientTransformation" in str(
+        inspect.signature(value).return_annotation
+    )
+
+
+TRANSFORMS = [name for name, value in OBJECTS.items() if is_transform(value)]
+
+
+def test_all_is_sorted_and_complete():
+    assert sorted(set(NAMES)) == NAMES
+    modules = {path.stem for path in Path(optax_clip.__file__).parent.glob("*.py")}
+    public = {name for name in vars(optax_clip) if not name.startswith("_")} - modules - {"version"}
+    assert public == set(NAMES)
+
+
+def test_modules_export_what_the_package_does():
+    for name, value in OBJECTS.items():
+        module = inspect.getmodule(value)
+        assert name in module.__all__, f"{module.__name__}.__all__ lacks {name}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_docstring_with_example(name):
+    doc = inspect.getdoc(OBJECTS[name]) or ""
+    assert ">>> " in doc, f"{name} has no example"
+    summary = doc.splitlines()[0]
+    assert summary.endswith("."), summary
+
+
+def test_every_transform_has_a_row():
+    assert {"clip_by_value", "clip_by_global_norm", "clip_by_norm", "normalize_by_norm"} <= {*TRANSFORMS}
+    rows = {row.factory.__name__ for row in ROWS}
+    assert rows == {*TRANSFORMS}
+
+
+def test_rows_have_names_of_their_own():
+    ids = [row.id for row in ROWS]
+    assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_share_their_words(name):
+    """Optional arguments are keyword-only, and each transform takes a name for its metrics."""
+    parameters = inspect.signature(OBJECTS[name]).parameters.values()
+    assert any(p.name == "name" and p.default for p in parameters)
+    optional = [p for p in parameters if p.default is not p.empty]
+    assert all(p.kind is p.KEYWORD_ONLY for p in optional[1:])
+
+
+def test_version():
+    assert optax_clip.__version__ == importlib.metadata.version("optax_clip")

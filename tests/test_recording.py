@@ -1,0 +1,271 @@
+"""`metrics`: found at any depth, under the names and in the dtypes of the design."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from optax_clip import (
+    box,
+    clip_by_global_norm,
+    clip_by_norm,
+    clip_by_value,
+    metrics,
+    norm_ball,
+    normalize_by_norm,
+    project_weights,
+)
+from registry import ROWS
+
+FLOATS = ("norm_before", "norm_after", "threshold", "fraction")
+COUNTERS = ("steps", "steps_clipped", "steps_nonfinite")
+KEYS = {
+    "clip": {key: jnp.float32 for key in FLOATS} | {key: jnp.int32 for key in COUNTERS},
+    "project": {"distance": jnp.float32, "fraction": jnp.float32, "steps": jnp.int32},
+}
+MOST = 2**31 - 1
+
+# Norm 5 against a limit of 2.5, so half of it is left.
+PARAMS = {"w": jnp.array([0.5, -0.5]), "b": jnp.array([0.25])}
+GRADS = {"w": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
+MASK = {"w": True, "b": False}
+
+
+def expected_keys(name, kind="clip"):
+    return {f"{name}/{key}" for key in KEYS[kind]}
+
+
+def both():
+    return optax.chain(clip_by_global_norm(2.5), optax.sgd(1.0), project_weights(box(-1.0, 1.0)))
+
+
+@functools.cache
+def clipped():
+    """What one step of a clip alone records."""
+    tx = clip_by_global_norm(2.5)
+    return metrics(tx.update(GRADS, tx.init(PARAMS))[1])
+
+
+def test_values_of_one_step():
+    found = {key: float(value) for key, value in clipped().items()}
+    assert found == {
+        "clip/norm_before": 5.0,  # sqrt(3^2 + 4^2)
+        "clip/norm_after": 2.5,
+        "clip/threshold": 2.5,
+        "clip/fraction": 1.0,
+        "clip/steps": 1.0,
+        "clip/steps_clipped": 1.0,
+        "clip/steps_nonfinite": 0.0,
+    }
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
+def test_names_and_dtypes(row):
+    kind = "project" if row.needs_params else "clip"
+    name = "normalize" if row.factory is normalize_by_norm else kind
+    wanted = {f"{name}/{key}": dtype for key, dtype in KEYS[kind].items()}
+    with jax.numpy_dtype_promotion(row.promotion):
+        params = {"w": jnp.ones((2, 2))}
+        tx = row.make()
+        state = tx.init(params)
+        for _ in range(2):
+            found = metrics(state)
+            assert {key: value.dtype for key, value in found.items()} == wanted
+            chex.assert_shape(found.values(), ())
+            assert not any(value.weak_type for value in found.values())
+            _, state = tx.update(params, state, params)
+
+
+def test_another_name():
+    for tx in (
+        clip_by_value(1.0, name="inner/value"),
+        clip_by_norm(1.0, name="inner/value"),
+        normalize_by_norm(1.0, name="inner/value"),
+    ):
+        assert metrics(tx.init(PARAMS)).keys() == expected_keys("inner/value")
+    tx = project_weights(box(0.0, 1.0), name="bounds")
+    assert metrics(tx.init(PARAMS)).keys() == expected_keys("bounds", "project")
+
+
+# --- Depth ---------------------------------------------------------------------------------------
+
+WRAPPED = {
+    "chain": lambda tx: optax.chain(optax.identity(), optax.chain(tx, optax.sgd(0.1)), optax.adam(0.1)),
+    "named_chain": lambda tx: optax.named_chain(("first", tx), ("last", optax.sgd(0.1))),
+    "masked": lambda tx: optax.masked(optax.masked(tx, lambda tree: jax.tree.map(bool, MASK)), True),
+    "partition": lambda tx: optax.partition(
+        {"a": optax.chain(tx, optax.sgd(0.1)), "b": optax.sgd(0.1)}, {"w": "a", "b": "b"}
+    ),
+    "MultiSteps": lambda tx: optax.MultiSteps(optax.chain(tx, optax.adam(0.1)), every_k_schedule=1),
+    "inject_hyperparams": lambda tx: optax.inject_hyperparams(
+        lambda learning_rate: optax.chain(tx, optax.sgd(learning_rate))
+    )(learning_rate=0.1),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, max_consecutive_errors=3),
+    "flatten": optax.flatten,
+    "lookahead-like tuple": lambda tx: optax.chain(optax.chain(optax.chain(tx))),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_any_depth(wrap, standard_promotion):
+    tx = wrap(clip_by_norm(2.5, scope="leaf"))
+    state = tx.init(PARAMS)
+    assert metrics(state).keys() == expected_keys("clip")
+    _, state = jax.jit(tx.update)(GRADS, state, PARAMS)
+    assert metrics(state).keys() == expected_keys("clip")
+    assert (metrics(state)["clip/steps"], metrics(state)["clip/steps_clipped"]) == (1, 1)
+    chex.assert_trees_all_equal(jax.jit(metrics)(state), metrics(state))
+
+
+def test_inside_jit_and_scan():
+    tx = both()
+
+    def body(carry, _):
+        params, state = carry
+        updates, state = tx.update(GRADS, state, params)
+        return (optax.apply_updates(params, updates), state), metrics(state)
+
+    (_, state), history = jax.jit(lambda carry: jax.lax.scan(body, carry, length=3))(
+        (PARAMS, tx.init(PARAMS))
+    )
+    assert history.keys() == expected_keys("clip") | expected_keys("project", "project")
+    np.testing.assert_array_equal(history["clip/steps"], [1, 2, 3])
+    np.testing.assert_array_equal(history["clip/norm_before"], [5.0, 5.0, 5.0])
+    chex.assert_trees_all_equal(jax.tree.map(lambda x: x[-1], history), metrics(state))
+
+
+def test_any_container_of_states():
+    tx = both()
+    state = tx.update(GRADS, tx.init(PARAMS), PARAMS)[1]
+    for holder in ({"opt_state": state, "step": 3}, [state, None], (PARAMS, state)):
+        chex.assert_trees_all_equal(metrics(holder), metrics(state))
+
+
+def test_none_is_an_empty_dict():
+    for state in ((), None, {}, PARAMS, optax.adam(0.1).init(PARAMS), {"recorded": {"x": jnp.ones(())}}):
+        assert metrics(state) == {}
+
+
+def test_other_states_are_not_disturbed():
+    """Nothing of ours may collide with the names that `optax.tree.get` looks for."""
+    tx = optax.chain(clip_by_global_norm(2.5), optax.adam(0.1), project_weights(box(-1.0, 1.0)))
+    state = tx.init(PARAMS)
+    assert optax.tree.get(state, "count") == 0
+    chex.assert_trees_all_equal_structs(optax.tree.get(state, "mu"), PARAMS)
+
+
+# --- Two of one name -----------------------------------------------------------------------------
+
+
+def test_duplicates_are_counted_in_order():
+    tx = optax.chain(
+        clip_by_global_norm(2.5),
+        clip_by_value(1.0),
+        clip_by_global_norm(0.5, name="other"),
+        clip_by_norm(0.25),
+        project_weights(box(-1.0, 1.0)),
+        project_weights(norm_ball(1.0)),
+    )
+    state = tx.init(PARAMS)
+    for _ in range(2):
+        found = metrics(state)
+        wanted = [expected_keys(name) for name in ("clip", "clip_1", "clip_2", "other")]
+        wanted += [expected_keys(name, "project") for name in ("project", "project_1")]
+        assert found.keys() == set().union(*wanted)
+        _, state = tx.update(GRADS, state, PARAMS)
+    thresholds = {k.split("/")[0]: float(x) for k, x in metrics(state).items() if "threshold" in k}
+    assert thresholds == {"clip": 2.5, "clip_1": 1.0, "other": 0.5, "clip_2": 0.25}
+    assert metrics(state)["clip/norm_before"] == 5.0
+    assert metrics(state)["clip_1/norm_before"] == 2.5
+
+
+def test_a_taken_number_is_skipped():
+    """No two transforms share a key, whatever they are called."""
+    tx = optax.chain(
+        clip_by_value(1.0, name="clip_1"),
+        clip_by_value(2.0, name="clip"),
+        clip_by_value(3.0, name="clip"),
+    )
+    found = metrics(tx.init(PARAMS))
+    assert len(found) == 3 * len(KEYS["clip"])
+    assert expected_keys("clip_1") | expected_keys("clip") < found.keys()
+
+
+# --- Counters ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [both, lambda: clip_by_value(1.0)], ids=["chain", "value"])
+@pytest.mark.parametrize("broken", [False, True], ids=["finite", "nan"])
+def test_counters_saturate(make, broken):
+    tx = make()
+    full = jax.tree.map(lambda x: jnp.full_like(x, MOST) if x.dtype == jnp.int32 else x, tx.init(PARAMS))
+    grads = jax.tree.map(lambda x: x.at[0].set(jnp.nan), GRADS) if broken else GRADS
+    for step in (tx.update, jax.jit(tx.update)):
+        _, state = step(grads, full, PARAMS)
+        counts = {key: int(x) for key, x in metrics(state).items() if x.dtype == jnp.int32}
+        assert counts == dict.fromkeys(counts, MOST)
+
+
+def test_counters_count():
+    """Steps: over the limit, within, zero, NaN, over."""
+    tx = clip_by_global_norm(2.5)
+    step = jax.jit(tx.update)
+    state = tx.init(PARAMS)
+    seen = []
+    for factor in (1.0, 0.25, 0.0, np.nan, 2.0):
+        _, state = step(jax.tree.map(lambda x, f=factor: x * f, GRADS), state)
+        found = metrics(state)
+        seen.append(tuple(int(found[f"clip/{key}"]) for key in COUNTERS))
+    assert seen == [(1, 1, 0), (2, 1, 0), (3, 1, 0), (4, 1, 1), (5, 2, 1)]
+
+
+def test_a_zero_gradient_at_threshold_zero_is_not_clipped():
+    tx = clip_by_global_norm(0.0)
+    _, state = tx.update(jax.tree.map(jnp.zeros_like, GRADS), tx.init(PARAMS))
+    assert (metrics(state)["clip/steps"], metrics(state)["clip/steps_clipped"]) == (1, 0)
+    _, state = tx.update(GRADS, state)
+    assert (metrics(state)["clip/steps"], metrics(state)["clip/steps_clipped"]) == (2, 1)
+
+
+# --- Flax NNX ------------------------------------------------------------------------------------
+
+
+class Model(nnx.Module):
+    def __init__(self):
+        self.w = nnx.Param(PARAMS["w"])
+        self.b = nnx.Param(PARAMS["b"])
+
+
+@nnx.jit
+def nnx_step(model, optimizer):
+    grads = nnx.grad(lambda m: jnp.vdot(m.w[...], GRADS["w"]) + jnp.vdot(m.b[...], GRADS["b"]))(model)
+    optimizer.update(model, grads)
+    return metrics(optimizer.opt_state), metrics(nnx.state(optimizer))
+
+
+def test_nnx_states():
+    """The optimizer's own states, which hold Variables, and those that `nnx.state` makes of them."""
+    model = Model()
+    optimizer = nnx.Optimizer(model, both(), wrt=nnx.Param)
+    keys = expected_keys("clip") | expected_keys("project", "project")
+    assert metrics(optimizer.opt_state).keys() == keys
+    inside = nnx_step(model, optimizer)
+    tx = both()
+    expected = metrics(tx.update(GRADS, tx.init(PARAMS), PARAMS)[1])
+    for found in (
+        *inside,
+        metrics(optimizer.opt_state),
+        metrics(nnx.state(optimizer)),
+        metrics(nnx.state(optimizer.opt_state)),
+        metrics(nnx.state(optimizer, nnx.optimizer.OptState)),
+        metrics(nnx.as_pure(optimizer.opt_state)),
+        metrics(nnx.to_pure_dict(nnx.state(optimizer))),
+        metrics(nnx.split(optimizer)[1]),
+    ):
+        assert all(isinstance(x, jax.Array) for x in found.values())
+        chex.assert_trees_all_close(found, expected)
