@@ -120,3 +120,21 @@ def place_like(state: T, params: Any) -> T:
         placed: T = jax.device_put(state, sharding)
         return placed
     return state
+
+
+def place_along(state: T, leaf: Any, axes: tuple[int, ...]) -> T:
+    """Put arrays that end in the shape of a leaf's norms where these norms are computed."""
+    sharding = getattr(leaf, "sharding", None)
+    if _validate.is_traced(leaf) or not isinstance(sharding, NamedSharding):
+        return place_like(state, leaf)
+    spec = (*sharding.spec, *(None,) * (len(leaf.shape) - len(sharding.spec)))
+    kept = [None if i in axes else name for i, name in enumerate(spec)]
+    shape = [1 if i in axes else n for i, n in enumerate(leaf.shape)]
+
+    def put(x: Array) -> Array:
+        along = [None] * (x.ndim - len(shape)) + kept if list(x.shape[-len(shape) :]) == shape else []
+        placed: Array = jax.device_put(x, NamedSharding(sharding.mesh, PartitionSpec(*along)))
+        return placed
+
+    placed: T = state if isinstance(sharding.mesh, AbstractMesh) else jax.tree.map(put, state)
+    return placed

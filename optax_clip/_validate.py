@@ -24,7 +24,7 @@ def number(**named: Any) -> None:
             raise TypeError(f"Expected {name} to be a real number, got {name}={x!r}.")
         if jnp.ndim(x):
             raise ValueError(f"Expected {name} to be one number, got {name} of shape {jnp.shape(x)}.")
-        _require(name, x, lambda value: not math.isnan(value), "a number")
+        _require(name, x, lambda value: not math.isnan(value), f"{name} not to be NaN")
 
 
 def at_least(bound: float, **named: Any) -> None:

@@ -393,8 +393,7 @@ def _clip(
 
     def init(params: optax.Params) -> ClipState:
         layout = Layout.of(params, scope)
-        rule_state = start(rule, layout)
-        return place_like(ClipState(first_record(name), rule_state), params)
+        return ClipState(place_like(first_record(name), params), start(rule, layout, params))
 
     def update(
         updates: optax.Updates,

@@ -39,6 +39,18 @@ class Constraint(NamedTuple):
             comes back bit for bit.
         excess: ``params -> scalar``, how far outside; 0 inside.
         shrinks: whether the set stays a set when entries shrink towards 0.
+
+    Examples:
+        Weights on multiples of 1/8:
+
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from optax_clip import Constraint, project
+        >>> def nearest(params):
+        ...     return jax.tree.map(lambda x: jnp.round(x * 8) / 8, params)
+        >>> grid = Constraint(nearest, lambda params: jnp.abs(nearest(params) - params).max())
+        >>> print(project(jnp.array([0.3, -0.9]), grid))
+        [ 0.25  -0.875]
     """
 
     nearest: Callable[[optax.Params], optax.Params]

@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from optax_clip import _validate
-from optax_clip._trees import Layout
+from optax_clip._trees import Layout, place_along, place_like
 from optax_clip.norms import Norm, all_finite
 
 __all__ = ["ThresholdRule"]
@@ -91,13 +91,19 @@ def _shapes(layout: Layout) -> list[tuple[int, ...] | None]:
     return [shapes.get(i) for i in range(len(layout.leaves))]
 
 
-def start(rule: ThresholdRule, layout: Layout) -> Any:
+def start(rule: ThresholdRule, layout: Layout, params: Any) -> Any:
     """The first state of a rule: one for the scopes global and leaf, else a tuple with one a leaf."""
     if isinstance(rule, Fixed):
-        return rule.init(jnp.zeros(()))
+        return place_like(rule.init(jnp.zeros(())), params)
     shapes = _shapes(layout)
-    states = [() if shape is None else rule.init(jnp.zeros(shape)) for shape in shapes]
-    return tuple(states) if layout.pooled is None else states[0]
+    states = [() if shape is None else rule.init(jnp.zeros(shape, jnp.float32)) for shape in shapes]
+    if layout.pooled is not None:
+        return place_like(states[0], params)
+    axes = dict(zip(layout.places, layout.axes, strict=True))
+    return tuple(
+        place_along(state, leaf, axes[i]) if i in axes else state
+        for i, (state, leaf) in enumerate(zip(states, layout.leaves, strict=True))
+    )
 
 
 def decide(
