@@ -238,7 +238,7 @@ def main() -> None:
     text, vocab = load_text()
     print(f"{len(text):,} characters of {vocab} kinds, {args.steps} steps for each setting")
     runs = {}
-    with tqdm(total=args.steps * len(SETTINGS), unit="step") as bar:
+    with tqdm(total=args.steps * len(SETTINGS), unit="step", mininterval=0.5) as bar:
         for name, tx in SETTINGS.items():
             bar.set_description(name)
             runs[name] = train(tx, text, vocab, args.steps, args.seed, bar)
