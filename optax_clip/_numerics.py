@@ -110,6 +110,12 @@ def truncate(x: Array, dtype: Any) -> Array:
     return x if x.dtype == dtype else jnp.copysign(round_down(jnp.abs(x), dtype), x.astype(dtype))
 
 
+def clamp(x: Array, low: Array, high: Array) -> Array:
+    """``x`` in [low, high] by selection, as a minimum would flush subnormals; NaN bounds give NaN."""
+    y = jnp.where((x < low) | jnp.isnan(low), low, x)
+    return jnp.where((x > high) | jnp.isnan(high), high, y)
+
+
 def applied(p: Array, u: Array) -> Array:
     """``p + u`` as `optax.apply_updates` rounds it."""
     wide = _common(p, u)

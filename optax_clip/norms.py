@@ -61,7 +61,8 @@ def global_norm(tree: Any, *, ord: Ord = None, axis_name: AxisName = None) -> Ar
 
     Returns:
         A float32 scalar, float64 if a leaf is. 0 for an empty tree; inf or NaN if an entry is, and inf
-        where the norm itself is beyond the dtype. The derivative at a zero norm is 0.
+        where the norm itself is beyond the dtype. The derivative at a zero norm is 0. Entries below the
+        smallest normal number count as 0 where the device flushes them, as CPUs do.
 
     Raises:
         ValueError: if ``ord`` is not one of the above or is a JAX array.
@@ -158,10 +159,16 @@ def measure(layout: Layout, *, ord: Ord, axis_name: AxisName) -> list[Norm]:
         trusted = [t | (peak == 0) for t, peak in zip(trusted, peaks(), strict=True)]
 
     def scaled() -> list[Norm]:
-        scales = [1 / power_of_two(peak) for peak in peaks()]
-        own = shares(layout, scales)
-        sums = pool([_power(scale(x, k), p) for x, k in zip(leaves, own, strict=True)], p=p)
-        return [Norm(r, k) for r, k in zip(root(sums), scales, strict=True)]
+        # By the largest entry, so that even a high power stays in range; its power of two is kept
+        # apart, since a product with that is exact.
+        largest = [lax.stop_gradient(peak) for peak in peaks()]
+        scales = [1 / power_of_two(peak) for peak in largest]
+        tops = [peak * k for peak, k in zip(largest, scales, strict=True)]
+        tops = [jnp.where((top > 0) & (top < jnp.inf), top, 1) for top in tops]
+        factors = zip(shares(layout, scales), shares(layout, [1 / top for top in tops]), strict=True)
+        terms = [_power(scale(x, k, f), p) for x, (k, f) in zip(leaves, factors, strict=True)]
+        roots = root(pool(terms, p=p))
+        return [Norm(r * top, k) for r, top, k in zip(roots, tops, scales, strict=True)]
 
     return cond(
         functools.reduce(operator.and_, [jnp.all(t) for t in trusted], True),
@@ -204,11 +211,16 @@ def _power(x: Array, p: float) -> Array:
     """``|x|^p``, with derivatives of 0 at 0 in every order but the square's own."""
     if p == 2:
         return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
-    y = jnp.abs(x)
+    y = _modulus(x)
     if p in (1, math.inf):
         return y
     zero = y == 0
     return jnp.where(zero, 0, jnp.where(zero, 1, y) ** p)
+
+
+def _modulus(x: Array) -> Array:
+    """``|x|``, with a derivative of 0 at 0, where that of `jnp.abs` is 1."""
+    return jnp.abs(x) if jnp.iscomplexobj(x) else x * lax.stop_gradient(jnp.sign(x))
 
 
 def _root(x: Array, p: float) -> Array:

@@ -17,6 +17,7 @@ from optax_clip._numerics import (
     accumulator,
     across_devices,
     broadcast_like,
+    clamp,
     round_down,
     round_up,
     scale,
@@ -91,18 +92,17 @@ def box(lower: ArrayLike, upper: ArrayLike) -> Constraint:
     _validate.ordered(lower=lower, upper=upper)
     low, high = _exact(lower), _exact(upper)
 
-    def clamp(path: Any, x: Array) -> Array:
+    def nearest(path: Any, x: Array) -> Array:
         _require_real(path, x)
-        inside = round_up(low, x.dtype), round_down(high, x.dtype)
-        return jnp.minimum(jnp.maximum(x, inside[0]), inside[1])
+        return clamp(x, jnp.asarray(round_up(low, x.dtype)), jnp.asarray(round_down(high, x.dtype)))
 
     def excess(path: Any, x: Array) -> Array:
         _require_real(path, x)
         y = widen(x, accumulator([x]))
-        bounds = jnp.asarray(low).astype(y.dtype), jnp.asarray(high).astype(y.dtype)
+        bounds = jnp.asarray(low, y.dtype), jnp.asarray(high, y.dtype)
         return jnp.maximum(jnp.maximum(bounds[0] - y, y - bounds[1]), 0)
 
-    return Constraint(_leafwise(clamp), lambda params: largest(_leafwise(excess)(params)))
+    return Constraint(_leafwise(nearest), lambda params: largest(_leafwise(excess)(params)))
 
 
 def non_negative() -> Constraint:
@@ -254,7 +254,7 @@ def _exact(x: Any) -> Any:
 
 
 def _as(x: ArrayLike, like: Array) -> Array:
-    return jnp.maximum(jnp.asarray(x).astype(like.dtype), 0)
+    return jnp.maximum(jnp.asarray(x, like.dtype), 0)
 
 
 def _require_real(path: Any, x: Array) -> None:

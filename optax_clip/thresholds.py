@@ -78,7 +78,7 @@ def as_rule(**named: Any) -> ThresholdRule:
 
 
 def _full(norms: Array, limit: ArrayLike) -> Array:
-    return jnp.full_like(norms, jnp.maximum(jnp.asarray(limit).astype(norms.dtype), 0))
+    return jnp.full_like(norms, jnp.maximum(jnp.asarray(limit, norms.dtype), 0))
 
 
 def _shapes(layout: Layout) -> list[tuple[int, ...] | None]:
