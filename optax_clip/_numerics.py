@@ -25,6 +25,12 @@ def accumulator(leaves: Sequence[Array]) -> Any:
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
+def as_dtype(x: Any, dtype: Any) -> Array:
+    """A number in another dtype, inf where that cannot hold it."""
+    with np.errstate(over="ignore"):
+        return jnp.asarray(x, dtype)
+
+
 def widen(x: Array, dtype: Any) -> Array:
     """``x`` in the accumulator's precision, complex if ``x`` is."""
     return x.astype(np.result_type(dtype, np.complex64) if jnp.iscomplexobj(x) else dtype)
@@ -82,12 +88,18 @@ def across_devices(
 
 
 @jax.custom_jvp
+def as_if(value: Array, source: Array) -> Array:
+    """``value``, with the derivative of ``source``."""
+    del source
+    return value
+
+
+as_if.defjvps(None, lambda tangent, out, value, source: tangent)
+
+
 def nextafter(x: Array, towards: Array) -> Array:
     """The neighbour of ``x``; its derivative is that of ``x``, as JAX has none for it."""
-    return jnp.nextafter(x, towards)
-
-
-nextafter.defjvps(lambda dx, out, x, towards: dx, None)
+    return as_if(jnp.nextafter(*lax.stop_gradient((x, towards))), x)
 
 
 def round_down(x: Any, dtype: Any) -> Any:
@@ -111,9 +123,9 @@ def truncate(x: Array, dtype: Any) -> Array:
 
 
 def clamp(x: Array, low: Array, high: Array) -> Array:
-    """``x`` in [low, high] by selection, as a minimum would flush subnormals; NaN bounds give NaN."""
-    y = jnp.where((x < low) | jnp.isnan(low), low, x)
-    return jnp.where((x > high) | jnp.isnan(high), high, y)
+    """``x`` in [low, high]; what is inside keeps its bits, as a minimum may flush subnormals."""
+    y = jnp.minimum(jnp.maximum(x, low), high)
+    return jnp.where(x == y, x, y)
 
 
 def applied(p: Array, u: Array) -> Array:
@@ -158,4 +170,4 @@ def land(p: Array, u: Array, reached: Array, target: Array, *, shrinks: bool) ->
         missed = (probe > target) & (reached > target) | (probe < target) & (reached < target)
         towards = jnp.where(reached > target, -jnp.inf, jnp.inf).astype(u.dtype)
     new = jnp.where(missed, nextafter(new, towards), new)
-    return jnp.where(reached == target, u, new)
+    return jnp.where(reached == target, as_if(u, new), new)

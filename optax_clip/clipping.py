@@ -9,7 +9,17 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from optax_clip import _validate
-from optax_clip._numerics import accumulator, broadcast_like, clamp, round_down, round_up, scale, widen
+from optax_clip._numerics import (
+    accumulator,
+    as_dtype,
+    broadcast_like,
+    clamp,
+    power_of_two,
+    round_down,
+    round_up,
+    scale,
+    widen,
+)
 from optax_clip._records import first_record, record
 from optax_clip._trees import Layout, place_like
 from optax_clip._validate import AxisName, Ord, Scope
@@ -77,7 +87,7 @@ def clip_tree(
         raise ValueError(f'Expected norm only with scope="global", got scope={scope!r}.')
     layout = Layout.of(tree, scope)
     norms = _measured_or_given(layout, norm, ord=ord, axis_name=axis_name)
-    limits = [jnp.asarray(max_norm, n.root.dtype) for n in norms]
+    limits = [as_dtype(max_norm, n.root.dtype) for n in norms]
     clipped = _rescale(layout, norms, limits, nonfinite=nonfinite).tree
     values = [n.value for n in norms]
     return clipped, values[0] if layout.pooled == "global" else as_tree(layout, values)
@@ -280,7 +290,7 @@ def clip_by_value(
         if callable(limit):
             raise TypeError(f"Expected a number as limit beside lower, got limit={limit!r}.")
         _validate.ordered(lower=lower, limit=limit)
-        rule = Fixed(lambda _: (), lambda norms, state, *_: (jnp.asarray(limit, norms.dtype), state))
+        rule = Fixed(lambda _: (), lambda norms, state, *_: (as_dtype(limit, norms.dtype), state))
 
     def init(params: optax.Params) -> ClipState:
         recorded = first_record(name)
@@ -294,7 +304,7 @@ def clip_by_value(
         dtype = accumulator(layout.measured)
         high, rule_state = rule.update(jnp.zeros((), dtype), state.rule_state, None, jnp.zeros(()))
         high = high.astype(dtype)
-        low = -high if lower is None else jnp.asarray(lower, dtype)
+        low = -high if lower is None else as_dtype(lower, dtype)
         if lower is not None and any(jnp.iscomplexobj(x) for x in layout.measured):
             raise ValueError(f"Expected no complex leaf beside lower, got lower={lower!r}.")
         clipped = [_clamp(x, low, high) for x in layout.measured]
@@ -374,7 +384,7 @@ def _measured_or_given(
 ) -> list[Norm]:
     if norm is None or layout.pooled != "global":
         return measure(layout, ord=ord, axis_name=axis_name)
-    return [Norm.of(jnp.asarray(norm, accumulator(layout.measured)))]
+    return [Norm.of(as_dtype(norm, accumulator(layout.measured)))]
 
 
 def _clip(
@@ -437,10 +447,11 @@ def _clamp(x: Array, low: Array, high: Array) -> Array:
     """Each entry into [low, high], by modulus if complex; bounds rounded inwards to the dtype."""
     if not jnp.iscomplexobj(x):
         return clamp(x, round_up(low, x.dtype), round_down(high, x.dtype))
-    # A quarter, as the modulus of what is finite may not be; an infinite part alone is a direction.
+    # Near modulus 1, as that of what is finite may not be; an infinite part alone is a direction.
     ends = [jnp.where(jnp.isinf(part), jnp.sign(part), 0) for part in (x.real, x.imag)]
     infinite = jnp.isinf(x.real) | jnp.isinf(x.imag)
-    way = jnp.where(infinite, lax.complex(*ends), scale(x, jnp.asarray(0.25, x.real.dtype)))
+    size = power_of_two(jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag)))
+    way = jnp.where(infinite, lax.complex(*ends), scale(x, 1 / size))
     over = (jnp.abs(x) > high) | jnp.isnan(high)
     bounded = scale(way, high / jnp.where(over, jnp.abs(way), 1))
     return jnp.where(over & ~jnp.isnan(x), bounded, x)

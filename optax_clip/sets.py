@@ -16,6 +16,8 @@ from optax_clip import _validate
 from optax_clip._numerics import (
     accumulator,
     across_devices,
+    as_dtype,
+    as_if,
     broadcast_like,
     clamp,
     round_down,
@@ -99,7 +101,7 @@ def box(lower: ArrayLike, upper: ArrayLike) -> Constraint:
     def excess(path: Any, x: Array) -> Array:
         _require_real(path, x)
         y = widen(x, accumulator([x]))
-        bounds = jnp.asarray(low, y.dtype), jnp.asarray(high, y.dtype)
+        bounds = as_dtype(low, y.dtype), as_dtype(high, y.dtype)
         return jnp.maximum(jnp.maximum(bounds[0] - y, y - bounds[1]), 0)
 
     return Constraint(_leafwise(nearest), lambda params: largest(_leafwise(excess)(params)))
@@ -254,7 +256,7 @@ def _exact(x: Any) -> Any:
 
 
 def _as(x: ArrayLike, like: Array) -> Array:
-    return jnp.maximum(jnp.asarray(x, like.dtype), 0)
+    return jnp.maximum(as_dtype(x, like.dtype), 0)
 
 
 def _require_real(path: Any, x: Array) -> None:
@@ -294,10 +296,12 @@ def _by_norm(radius: ArrayLike, scope: Scope, *, sphere: bool) -> Callable[[Any]
             else:
                 close = norm.root <= limit * (1 - margin)
                 target = target * (1 - margin - 6 * unit)
-            move = ~close & jnp.isfinite(norm.root) & (norm.root > 0)
+            movable = jnp.isfinite(norm.root) & (norm.root > 0)
+            move = movable & ~close
             moves.append(move)
-            firsts.append(norm.scale)
-            seconds.append(jnp.where(move, target, 1) / jnp.where(move, norm.root, 1))
+            used = movable if sphere else move
+            firsts.append(jnp.where(used, norm.scale, 1))
+            seconds.append(jnp.where(used, target, 1) / jnp.where(used, norm.root, 1))
         parts = [shares(layout, each) for each in (moves, firsts, seconds)]
         new = [
             _move(x, move, first, second, sphere=sphere)
@@ -314,6 +318,7 @@ def _move(x: Array, move: Array, first: Array, second: Array, *, sphere: bool) -
     product = scale(widen(x, first.dtype), first, second)
     if sphere:
         moved = product.astype(x.dtype)
+        x = as_if(x, moved)  # the derivative on the sphere is that of the projection too
     elif jnp.iscomplexobj(x):
         real = x.real.dtype
         moved = lax.complex(truncate(product.real, real), truncate(product.imag, real))

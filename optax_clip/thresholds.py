@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from optax_clip import _validate
+from optax_clip._numerics import as_dtype
 from optax_clip._trees import Layout, place_along, place_like
 from optax_clip.norms import Norm, all_finite
 
@@ -78,7 +79,7 @@ def as_rule(**named: Any) -> ThresholdRule:
 
 
 def _full(norms: Array, limit: ArrayLike) -> Array:
-    return jnp.full_like(norms, jnp.maximum(jnp.asarray(limit, norms.dtype), 0))
+    return jnp.full_like(norms, jnp.maximum(as_dtype(limit, norms.dtype), 0))
 
 
 def _shapes(layout: Layout) -> list[tuple[int, ...] | None]:

@@ -37,6 +37,9 @@ KINDS = {
     "normalize": normalize_by_norm,
 }
 
+# The default is left out, so that its programs are shared with the other tests.
+POLICY = {"propagate": {}, "zero": {"nonfinite": "zero"}}
+
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, indirect=True)
 every_mode = pytest.mark.parametrize("mode", MODES)
 
@@ -142,12 +145,11 @@ def test_above_the_limit(dtype, kind, mode):
     assert_record(record, {"fraction": {"global": 1, "leaf": 1 / 2, "unit": 1 / 3}[kind]})
 
 
-@every_mode
 @pytest.mark.parametrize("ord", [1, math.inf, 3.5, "rms"])
 @pytest.mark.parametrize("kind", SCOPES)
-def test_every_order(kind, ord, mode):
+def test_every_order(kind, ord):
     tree = gradients("float32")
-    clipped, record = run(kind, 2.0, tree, mode, ord=ord)
+    clipped, record = run(kind, 2.0, tree, "jit", ord=ord)
     expected, said = reference.clip_by_norm(tree, 2.0, kind, ord)
     assert_close(clipped, expected, ulps=16)
     assert_record(record, said)
@@ -169,15 +171,17 @@ def test_other_scopes(scope):
 def test_below_the_limit_nothing_changes(dtype, kind, mode):
     """Not a bit, of negative zeros, of subnormals, and with a norm that is exactly the limit."""
     info = jnp.finfo(dtype)
-    tiny = info.smallest_subnormal
-    tree = {**gradients(dtype), "small": cast([-0.0, tiny, -5 * tiny, info.smallest_normal], dtype)}
-    for limit in (13.0 * (1 + 1e-6 * (dtype == "complex64")), 100.0, 60000.0, math.inf):
+    tiny = float(info.smallest_subnormal)
+    tree = gradients(dtype)
+    tree["bias"] = tree["bias"].at[1].set(tiny)
+    tree["kernel"] = tree["kernel"].at[:, 1].set(cast([-0.0, -5 * tiny], dtype))
+    for limit in (13.0 * (1 + 1e-6 * (dtype == "complex64")), 60000.0, math.inf):
         clipped, record = run(kind, limit, tree, mode)
         assert_same_bits(clipped, tree)
         assert_record(record, {"norm_before": 13, "norm_after": 13, "threshold": limit, "fraction": 0})
         assert_record(record, {"steps": 1, "steps_clipped": 0, "steps_nonfinite": 0})
-    alone = {"small": tree["small"]}
-    assert_same_bits(run(kind, 1.0, alone, mode)[0], alone)
+    small = {**tree, "bias": tree["kernel"][:, 1], "kernel": tree["kernel"].at[:, 0].set(-tiny)}
+    assert_same_bits(run(kind, 1.0, small, mode)[0], small)
 
 
 @every_mode
@@ -375,11 +379,13 @@ def test_many_leaves():
 @every_dtype
 def test_nonfinite_gradients(dtype, kind, nonfinite, becomes, mode):
     """The whole tree, whatever the scope and the limit, except the leaves that are not inexact."""
+    if nonfinite == "zero" and mode == "jit" and dtype not in ("float32", "complex64"):
+        pytest.skip("The program differs in its last select alone, and each compiles for half a second.")
     for bad in (math.inf, math.nan):
         tree = gradients(dtype)
         tree["kernel"] = tree["kernel"].at[1, 1].set(bad)
-        for limit in (1.0, 100.0, math.inf, 0.0) if kind != "normalize" else (1.0, 0.0):
-            updates, record = run(kind, limit, tree, mode, nonfinite=nonfinite)
+        for limit in (1.0,) if mode == "eager" or kind == "normalize" else (0.0, 1.0, 100.0, math.inf):
+            updates, record = run(kind, limit, tree, mode, **POLICY[nonfinite])
             assert_all(updates, np.isnan if math.isnan(becomes) else is_zero)
             assert not np.isfinite(record["norm_before"])
             assert_record(record, {"norm_after": becomes, "threshold": limit, "fraction": 0})
@@ -460,7 +466,7 @@ def test_clip_by_value(dtype, mode):
 
 @every_mode
 @pytest.mark.parametrize("lower, limit", [(-1.0, 2.0), (-2.0, 1.0), (0.5, 1.0), (-math.inf, 0.0)])
-@pytest.mark.parametrize("dtype", ("float16", "bfloat16", "float32", "float64"), indirect=True)
+@pytest.mark.parametrize("dtype", ("bfloat16", "float32"), indirect=True)
 def test_clip_by_value_between(dtype, lower, limit, mode):
     tree = {"x": cast([-3.0, -0.75, 0.0, 0.75, 3.0], dtype)}
     clipped, record = run("value", limit, tree, mode, lower=lower)
@@ -516,19 +522,23 @@ def test_clip_by_value_of_complex_extremes(mode):
 
 
 @every_mode
-@pytest.mark.parametrize("scope", SCOPES)
-@every_dtype
+@pytest.mark.parametrize(
+    "dtype, scope",
+    [*((name, "global") for name in DTYPES), ("float32", "leaf"), ("bfloat16", "unit")],
+    indirect=["dtype"],
+)
 def test_normalize(dtype, scope, mode):
     """Up and down; the unit of norm 0 stays 0 and is not counted."""
+    options = {} if scope == "global" else {"scope": scope}
     for norm in (0.5, 26.0):
         tree = gradients(dtype)
-        updates, record = run("normalize", norm, tree, mode, scope=scope)
+        updates, record = run("normalize", norm, tree, mode, **options)
         assert_close(updates, reference.normalize(tree, norm, scope))
         fraction = 2 / 3 if scope == "unit" else 1
         assert_record(record, {"norm_before": 13, "threshold": norm, "fraction": fraction})
         after = norm if scope == "global" else norm * 2**0.5  # Two scopes of that norm.
         assert_record(record, {"norm_after": after, "steps_clipped": 1})
-    zeros, record = run("normalize", 0.5, gradients(dtype, 0.0), mode, scope=scope)
+    zeros, record = run("normalize", 0.5, gradients(dtype, 0.0), mode, **options)
     assert_same_bits(zeros, gradients(dtype, 0.0))
     assert_record(record, {"norm_after": 0, "fraction": 0, "steps_clipped": 0})
 
@@ -542,7 +552,7 @@ def test_clip_tree(dtype, scope):
     tree = gradients(dtype)
     for limit in (0.0, 6.5, 20.0, math.inf):
         clipped, norms = clip_tree(tree, limit, scope=scope)
-        same, _ = run({"global": "global", "leaf": "leaf", "unit": "unit"}[scope], limit, tree, "eager")
+        same, _ = run(scope, limit, tree, "eager")
         assert_same_bits(clipped, same)
     if scope == "global":
         assert norms.shape == () and norms == pytest.approx(13)
@@ -673,16 +683,17 @@ def test_a_rule_remembers_each_place(scope, mode):
 # --- Derivatives ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("threshold", [0.0, 1.0])
 @pytest.mark.parametrize("kind", KINDS)
-def test_derivatives_are_finite_at_zero(kind, threshold):
-    def f(x):
-        tx = KINDS[kind](threshold)
-        return jnp.sum(tx.update(x, tx.init(x))[0] * jnp.array([1.0, 2.0]))
+def test_derivatives_are_finite_at_zero(kind):
+    def f(x, limit):
+        updates, _ = stepper(kind, "eager")(limit, x)
+        return jnp.sum(updates * jnp.array([1.0, 2.0]))
 
+    both = jax.jit(lambda *args: (jax.grad(f)(*args), jax.hessian(f)(*args)))
     for x in (jnp.zeros(2), jnp.array([0.0, 3.0])):
-        assert jnp.isfinite(jax.grad(f)(x)).all()
-        assert jnp.isfinite(jax.hessian(f)(x)).all()
+        for limit in (0.0, 1.0, math.inf) if kind != "normalize" else (0.0, 1.0):
+            slope, curve = both(x, limit)
+            assert jnp.isfinite(slope).all() and jnp.isfinite(curve).all()
 
 
 def test_derivative_by_hand():

@@ -228,6 +228,18 @@ def test_derivatives_are_finite_and_those_of_the_projection():
     assert np.isfinite(jax.jacobian(landed, argnums=1)(jnp.zeros(2), jnp.zeros(2))).all()
 
 
+def test_the_derivative_on_the_sphere_is_tangential():
+    w = jnp.array([0.6, 0.8])
+    tangent = np.eye(2) - np.outer(w, w)
+    sphere = optax_clip.norm_sphere(1.0)
+    np.testing.assert_allclose(
+        jax.jacobian(lambda w: optax_clip.project(w, sphere))(w), tangent, atol=1e-6
+    )
+    tx = optax_clip.project_weights(sphere)
+    landed = lambda u: w + tx.update(u, tx.init(w), w)[0]  # noqa: E731
+    np.testing.assert_allclose(jax.jacobian(landed)(jnp.zeros(2)), tangent, atol=1e-6)
+
+
 @EAGER_AND_JIT
 def test_every_projects_each_third_step(wrap):
     params, update = jnp.zeros(2), jnp.ones(2)
