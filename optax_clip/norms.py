@@ -193,14 +193,16 @@ def total(layout: Layout, values: Sequence[Array], *, ord: Ord, axis_name: AxisN
 
     peak = pool(list(values), maximum=True)
     peak = jnp.where((peak > 0) & (peak < jnp.inf), peak, 1)
-    terms = [_power(v / peak, p) for v in values]
+    scaling = 1 / power_of_two(peak)
+    top = peak * scaling
+    terms = [_power(v * scaling / top, p) for v in values]
     if ord == "rms":
         sizes = [
             jnp.broadcast_to(jnp.asarray(n, dtype), t.shape) for n, t in zip(counts, terms, strict=True)
         ]
         terms = [t * n for t, n in zip(terms, sizes, strict=True)]
-        return peak * _root(pool(terms) / jnp.maximum(pool(sizes), 1), p)
-    return peak * _root(pool(terms, maximum=p == math.inf), p)
+        return top * _root(pool(terms) / jnp.maximum(pool(sizes), 1), p) / scaling
+    return top * _root(pool(terms, maximum=p == math.inf), p) / scaling
 
 
 def exponent(ord: Ord) -> float:
