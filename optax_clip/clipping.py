@@ -24,7 +24,7 @@ from optax_clip._records import first_record, record
 from optax_clip._trees import Layout, place_like
 from optax_clip._validate import AxisName, Ord, Scope
 from optax_clip.norms import Norm, all_finite, as_tree, measure, shares, total
-from optax_clip.thresholds import Fixed, Threshold, ThresholdRule, as_rule, decide, smallest, start
+from optax_clip.thresholds import Fixed, Threshold, ThresholdRule, as_rule, decide, start
 
 __all__ = ["clip_by_global_norm", "clip_by_norm", "clip_by_value", "clip_tree", "normalize_by_norm"]
 
@@ -111,7 +111,8 @@ def clip_by_norm(
 
     Args:
         threshold: the limit C on the norm: a number >= 0, a 0-d array, a schedule ``step -> number``,
-            or a `ThresholdRule`.
+            or a `ThresholdRule`. A schedule that turns negative raises outside `jax.jit` and counts as
+            0 inside.
         scope: which entries share a norm: ``"global"``, ``"leaf"``, ``"unit"`` (one index of the last
             axis), the axes to reduce, or a callable ``(path, leaf) -> one of these but "global"``.
         ord: ``None`` or 2, 1, ``math.inf``, a float p >= 1, or ``"rms"``. Static.
@@ -421,14 +422,14 @@ def _clip(
         if params is not None and not isinstance(rule, Fixed):
             own = layout._replace(leaves=layout.treedef.flatten_up_to(params))
             weights = [n.value for n in measure(own, ord=ord, axis_name=axis_name)]
-        limits, rule_state = decide(rule, state.rule_state, layout, norms, weights, before)
+        limits, lowest, rule_state = decide(rule, state.rule_state, layout, norms, weights, before)
         clipped = _rescale(layout, norms, limits, nonfinite=nonfinite, exact=exact)
         recorded = record(
             state.recorded,
             name,
             before=before,
             after=total(layout, clipped.after, ord=ord, axis_name=axis_name),
-            threshold=smallest(limits),
+            threshold=lowest,
             over=clipped.over,
             finite=clipped.finite,
         )

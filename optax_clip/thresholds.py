@@ -114,13 +114,16 @@ def decide(
     norms: Sequence[Norm],
     weights: Sequence[Array] | None,
     before: Array,
-) -> tuple[list[Array], Any]:
-    """Ask the rule. It sees float32, NaN on a non-finite step, 0 where nothing is measured."""
+) -> tuple[list[Array], Array, Any]:
+    """Ask the rule for a limit a scope, the smallest of them, and its next state.
+
+    It sees float32, NaN on a non-finite step, 0 where nothing is measured.
+    """
     if isinstance(rule, Fixed):
         limit, state = rule.update(jnp.zeros((), before.dtype), state, None, before)
-        return [
-            jnp.broadcast_to(limit, n.root.shape) if layout.pooled == "leaf" else limit for n in norms
-        ], state
+        flat = layout.pooled == "leaf"
+        limits = [jnp.broadcast_to(limit, n.root.shape) if flat else limit for n in norms]
+        return limits, limit, state
     finite = all_finite(norms)
 
     def seen(values: Sequence[Array]) -> list[Array]:
@@ -136,7 +139,7 @@ def decide(
             length = None if lengths is None else lengths[i]
             limit, states[place] = rule.update(values[i], states[place], length, whole)
             limits.append(limit)
-        return [x.astype(before.dtype) for x in limits], tuple(states)
+        return [x.astype(before.dtype) for x in limits], smallest(limits), tuple(states)
     if layout.pooled == "leaf":
         index = np.asarray(layout.places, int)
         spread = [
@@ -144,14 +147,13 @@ def decide(
             for v in [*values, *(lengths or [])]
         ]
         limit, state = rule.update(spread[0], state, spread[1] if lengths else None, whole)
-        return [limit[index].astype(before.dtype)], state
+        return [limit[index].astype(before.dtype)], smallest([limit[index]]), state
     limit, state = rule.update(values[0], state, lengths[0] if lengths else None, whole)
-    return [limit.astype(before.dtype)], state
+    return [limit.astype(before.dtype)], limit, state
 
 
 def smallest(limits: Sequence[Array]) -> Array:
     """The smallest limit in force, inf if there is no scope."""
     lowest = [jnp.min(x, initial=jnp.inf) for x in limits]
-    return functools.reduce(
-        jnp.minimum, lowest, jnp.asarray(jnp.inf, limits[0].dtype if limits else None)
-    )
+    least: Array = functools.reduce(jnp.minimum, lowest, jnp.float32(jnp.inf))
+    return least

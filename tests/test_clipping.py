@@ -777,3 +777,9 @@ def test_clip_by_value_invariants(tree, limit):
         assert np.all(np.abs(x) <= limit) and np.all(x * old >= 0)
         assert np.array_equal(x[np.abs(old) <= limit], old[np.abs(old) <= limit])
     assert_same_bits(run("value", limit, clipped, "jit")[0], clipped)
+
+
+@pytest.mark.parametrize("scope", ["global", "leaf", "unit"])
+def test_an_empty_tree_reports_the_limit(scope):
+    tx = clip_by_norm(2.0, scope=scope)
+    assert metrics(tx.update({}, tx.init({}))[1])["clip/threshold"] == 2
