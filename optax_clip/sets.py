@@ -251,7 +251,7 @@ def _distance(x: Array, y: Array) -> Array:
 def _exact(x: Any) -> Any:
     """A concrete number in float64, so that it can be rounded inwards; a traced one as it is."""
     if isinstance(x, jax.Array):
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if x.dtype.itemsize < 4 else x
+        return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
     return np.float64(x)
 
 

@@ -195,6 +195,9 @@ def test_bounds_are_rounded_inwards():
     assert wide(optax_clip.project(jnp.float32(1), optax_clip.box(-0.1, 0.1))) < 0.1
     traced = jax.jit(lambda b, x: optax_clip.project(x, optax_clip.box(-b, b)))
     assert wide(traced(jnp.float32(0.1), x)).max() == 0.099609375
+    # As a bfloat16 the bound itself is 0.10009765625, which is exact in every wider dtype.
+    assert wide(traced(jnp.bfloat16(0.1), x)).max() == 0.10009765625
+    assert wide(traced(jnp.bfloat16(0.1), x.astype(jnp.float32))).max() == 0.10009765625
 
 
 @EAGER_AND_JIT
