@@ -72,6 +72,12 @@ def varying_axes(x: Any) -> tuple[Hashable, ...]:
     return tuple(sorted(names, key=str))
 
 
+def devices(names: tuple[Hashable, ...]) -> int:
+    """How many devices, or mapped copies, share some mapped axes."""
+    count: int = lax.psum(1, names) if names else 1
+    return count
+
+
 def across_devices(
     values: Sequence[Array],
     names: Sequence[tuple[Hashable, ...]],

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array, lax
 
-from optax_clip._numerics import across_devices, varying_axes
+from optax_clip._numerics import across_devices, devices, varying_axes
 
 
 def first_record(name: str) -> dict[str, Array]:
@@ -50,7 +50,7 @@ def share(flags: Sequence[Array]) -> Array:
     """The share of True among all entries of some arrays, on all devices that hold a part of them."""
     names = [varying_axes(x) for x in flags]
     marked = across_devices([jnp.sum(x, dtype=jnp.float32) for x in flags], names, lax.psum)
-    sizes = [x.size * (lax.psum(1, axes) if axes else 1) for x, axes in zip(flags, names, strict=True)]
+    sizes = [x.size * devices(axes) for x, axes in zip(flags, names, strict=True)]
     number: Array = functools.reduce(jnp.add, marked, jnp.float32(0))
     return number / max(sum(sizes), 1)
 

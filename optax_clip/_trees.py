@@ -1,7 +1,6 @@
 """Scopes and leaves: which entries belong together."""
 
 from collections.abc import Callable, Sequence
-from math import prod
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -100,11 +99,6 @@ class Layout(NamedTuple):
         leaves = self.leaves if other is None else [other(leaf) for leaf in self.leaves]
         new = dict(zip(self.places, measured, strict=True))
         return self.treedef.unflatten([new.get(i, leaf) for i, leaf in enumerate(leaves)])
-
-
-def entries(shape: Sequence[int], axes: Sequence[int]) -> int:
-    """How many entries share one norm."""
-    return prod(shape[a] for a in axes)
 
 
 def place_like(state: T, params: Any) -> T:

@@ -41,20 +41,6 @@ def finite(**named: Any) -> None:
         _require(name, x, math.isfinite, f"{name} to be finite")
 
 
-def between(low: float, high: float, **named: Any) -> None:
-    """Each value is one real number in the closed interval."""
-    number(**named)
-    for name, x in named.items():
-        _require(name, x, lambda value: low <= value <= high, f"{low:g} <= {name} <= {high:g}")
-
-
-def decay(**named: Any) -> None:
-    """Each value is one real number in [0, 1)."""
-    number(**named)
-    for name, x in named.items():
-        _require(name, x, lambda value: 0 <= value < 1, f"0 <= {name} < 1")
-
-
 def integer(minimum: int, **named: Any) -> None:
     """Each value is one integer >= minimum."""
     for name, x in named.items():
@@ -112,10 +98,6 @@ def scope(scope: Any) -> None:
             'Expected scope to be "global", "leaf", "unit", an int, a tuple of ints or a callable '
             f"(path, leaf) -> scope, got scope={scope!r}."
         )
-
-
-def nonfinite(nonfinite: Any) -> None:
-    one_of(("propagate", "zero"), nonfinite=nonfinite)
 
 
 def _is_real(x: Any) -> bool:

@@ -88,7 +88,7 @@ def clip_tree(
     layout = Layout.of(tree, scope)
     norms = _measured_or_given(layout, norm, ord=ord, axis_name=axis_name)
     limits = [as_dtype(max_norm, n.root.dtype) for n in norms]
-    clipped = _rescale(layout, norms, limits, nonfinite=nonfinite).tree
+    clipped = _rescale(layout, norms, limits, all_finite(norms), nonfinite=nonfinite).tree
     values = [n.value for n in norms]
     return clipped, values[0] if layout.pooled == "global" else as_tree(layout, values)
 
@@ -310,9 +310,9 @@ def clip_by_value(
             raise ValueError(f"Expected no complex leaf beside lower, got lower={lower!r}.")
         clipped = [_clamp(x, low, high) for x in layout.measured]
         over = [_outside(widen(x, dtype), low, high) for x in layout.measured]
-        after_layout = Layout.of(layout.rebuild(clipped), "global")
+        tree = layout.rebuild(clipped)
         (before,), (after,) = (
-            measure(each, ord=None, axis_name=None) for each in (layout, after_layout)
+            measure(each, ord=None, axis_name=None) for each in (layout, Layout.of(tree, "global"))
         )
         recorded = record(
             state.recorded,
@@ -323,7 +323,7 @@ def clip_by_value(
             over=over,
             finite=~jnp.isnan(before.root),
         )
-        return layout.rebuild(clipped), ClipState(recorded, rule_state)
+        return tree, ClipState(recorded, rule_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -334,13 +334,13 @@ class _Rescaled(NamedTuple):
     tree: Any
     over: list[Array]
     after: list[Array]
-    finite: Array
 
 
 def _rescale(
     layout: Layout,
     norms: Sequence[Norm],
     limits: Sequence[Array],
+    finite: Array,
     *,
     nonfinite: str,
     exact: bool = False,
@@ -350,7 +350,6 @@ def _rescale(
     XLA fuses the result into the optimizer's pass only if the factors come from behind a barrier. The
     factor is applied in two parts where it is itself outside the float range.
     """
-    finite = all_finite(norms)
     overs, parts, after = [], [], []
     for norm, bound in zip(norms, limits, strict=True):
         limit = jnp.maximum(bound, 0)
@@ -377,7 +376,7 @@ def _rescale(
     if nonfinite == "zero":
         whole = lax.optimization_barrier(finite)
         leaves = [lax.select(whole, x, jnp.zeros_like(x)) for x in leaves]
-    return _Rescaled(layout.rebuild(leaves), overs, after, finite)
+    return _Rescaled(layout.rebuild(leaves), overs, after)
 
 
 def _measured_or_given(
@@ -422,8 +421,11 @@ def _clip(
         if params is not None and not isinstance(rule, Fixed):
             own = layout._replace(leaves=layout.treedef.flatten_up_to(params))
             weights = [n.value for n in measure(own, ord=ord, axis_name=axis_name)]
-        limits, lowest, rule_state = decide(rule, state.rule_state, layout, norms, weights, before)
-        clipped = _rescale(layout, norms, limits, nonfinite=nonfinite, exact=exact)
+        finite = all_finite(norms)
+        limits, lowest, rule_state = decide(
+            rule, state.rule_state, layout, norms, weights, before, finite
+        )
+        clipped = _rescale(layout, norms, limits, finite, nonfinite=nonfinite, exact=exact)
         recorded = record(
             state.recorded,
             name,
@@ -431,7 +433,7 @@ def _clip(
             after=total(layout, clipped.after, ord=ord, axis_name=axis_name),
             threshold=lowest,
             over=clipped.over,
-            finite=clipped.finite,
+            finite=finite,
         )
         return clipped.tree, ClipState(recorded, rule_state)
 

@@ -15,12 +15,13 @@ from optax_clip._numerics import (
     accumulator,
     across_devices,
     cond,
+    devices,
     power_of_two,
     scale,
     varying_axes,
     widen,
 )
-from optax_clip._trees import Layout, entries, path_string
+from optax_clip._trees import Layout, path_string
 from optax_clip._validate import AxisName, Ord, Scope
 
 __all__ = ["global_norm", "tree_norms"]
@@ -302,7 +303,7 @@ def mapped_axes(layout: Layout, axis_name: AxisName) -> list[tuple[Hashable, ...
 def scope_sizes(layout: Layout, mapped: Sequence[tuple[Hashable, ...]]) -> list[Any]:
     """How many entries share each norm, on all devices."""
     sizes = [
-        entries(x.shape, axes) * (lax.psum(1, names) if names else 1)
+        math.prod(x.shape[a] for a in axes) * devices(names)
         for x, axes, names in zip(layout.measured, layout.axes, mapped, strict=True)
     ]
     if layout.pooled == "global":

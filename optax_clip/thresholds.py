@@ -11,8 +11,9 @@ from jax.typing import ArrayLike
 
 from optax_clip import _validate
 from optax_clip._numerics import as_dtype
+from optax_clip._records import increment
 from optax_clip._trees import Layout, place_along, place_like
-from optax_clip.norms import Norm, all_finite
+from optax_clip.norms import Norm
 
 __all__ = ["ThresholdRule"]
 
@@ -71,7 +72,7 @@ def as_rule(**named: Any) -> ThresholdRule:
         def follow(norms: Array, step: Array, *_: Any) -> tuple[Array, Array]:
             limit = threshold(step)
             _validate.at_least(0, **{f"{name}(step)": limit})
-            return _full(norms, limit), jnp.where(step < 2**31 - 1, step + 1, step)
+            return _full(norms, limit), increment(step)
 
         return Fixed(lambda norms: jnp.zeros((), jnp.int32), follow)
     _validate.at_least(0, **named)
@@ -114,6 +115,7 @@ def decide(
     norms: Sequence[Norm],
     weights: Sequence[Array] | None,
     before: Array,
+    finite: Array,
 ) -> tuple[list[Array], Array, Any]:
     """Ask the rule for a limit a scope, the smallest of them, and its next state.
 
@@ -124,7 +126,6 @@ def decide(
         flat = layout.pooled == "leaf"
         limits = [jnp.broadcast_to(limit, n.root.shape) if flat else limit for n in norms]
         return limits, limit, state
-    finite = all_finite(norms)
 
     def seen(values: Sequence[Array]) -> list[Array]:
         return [lax.stop_gradient(jnp.where(finite, v, jnp.nan).astype(jnp.float32)) for v in values]
