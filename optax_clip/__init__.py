@@ -2,6 +2,12 @@
 
 from importlib.metadata import version
 
+from optax_clip.adaptive import adagc as adagc
+from optax_clip.adaptive import adaptive_grad_clip as adaptive_grad_clip
+from optax_clip.adaptive import autoclip as autoclip
+from optax_clip.adaptive import clip_by_update_rms as clip_by_update_rms
+from optax_clip.adaptive import skip_spikes as skip_spikes
+from optax_clip.adaptive import zclip as zclip
 from optax_clip.clipping import clip_by_global_norm as clip_by_global_norm
 from optax_clip.clipping import clip_by_norm as clip_by_norm
 from optax_clip.clipping import clip_by_value as clip_by_value
@@ -20,15 +26,25 @@ from optax_clip.sets import non_negative as non_negative
 from optax_clip.sets import norm_ball as norm_ball
 from optax_clip.sets import norm_sphere as norm_sphere
 from optax_clip.thresholds import ThresholdRule as ThresholdRule
+from optax_clip.thresholds import ema_ratio as ema_ratio
+from optax_clip.thresholds import relative_to_params as relative_to_params
+from optax_clip.thresholds import running_quantile as running_quantile
+from optax_clip.thresholds import window_quantile as window_quantile
+from optax_clip.thresholds import zscore as zscore
 
 __all__ = [
     "Constraint",
     "ThresholdRule",
+    "adagc",
+    "adaptive_grad_clip",
+    "autoclip",
     "box",
     "clip_by_global_norm",
     "clip_by_norm",
+    "clip_by_update_rms",
     "clip_by_value",
     "clip_tree",
+    "ema_ratio",
     "global_norm",
     "metrics",
     "non_negative",
@@ -37,9 +53,15 @@ __all__ = [
     "normalize_by_norm",
     "project",
     "project_weights",
+    "relative_to_params",
+    "running_quantile",
+    "skip_spikes",
     "tree_norms",
     "violation",
     "where",
+    "window_quantile",
+    "zclip",
+    "zscore",
 ]
 
 __version__ = version("optax_clip")

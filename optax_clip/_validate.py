@@ -34,6 +34,20 @@ def at_least(bound: float, **named: Any) -> None:
         _require(name, x, lambda value: value >= bound, f"{name} >= {bound:g}")
 
 
+def between(low: float, high: float, **named: Any) -> None:
+    """Each value is one real number in [low, high]."""
+    number(**named)
+    for name, x in named.items():
+        _require(name, x, lambda value: low <= value <= high, f"{low:g} <= {name} <= {high:g}")
+
+
+def decay(**named: Any) -> None:
+    """Each value is one real number in [0, 1)."""
+    number(**named)
+    for name, x in named.items():
+        _require(name, x, lambda value: 0 <= value < 1, f"0 <= {name} < 1")
+
+
 def finite(**named: Any) -> None:
     """Each value is one finite real number."""
     number(**named)

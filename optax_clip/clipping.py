@@ -24,7 +24,7 @@ from optax_clip._records import first_record, record
 from optax_clip._trees import Layout, place_like
 from optax_clip._validate import AxisName, Ord, Scope
 from optax_clip.norms import Norm, all_finite, as_tree, measure, shares, total
-from optax_clip.thresholds import Fixed, Threshold, ThresholdRule, as_rule, decide, start
+from optax_clip.thresholds.engine import Fixed, Threshold, ThresholdRule, as_rule, decide, start
 
 __all__ = ["clip_by_global_norm", "clip_by_norm", "clip_by_value", "clip_tree", "normalize_by_norm"]
 
@@ -417,13 +417,9 @@ def _clip(
         layout = Layout.of(updates, scope)
         norms = _measured_or_given(layout, grad_norm, ord=ord, axis_name=axis_name)
         before = total(layout, [n.value for n in norms], ord=ord, axis_name=axis_name)
-        weights = None
-        if params is not None and not isinstance(rule, Fixed):
-            own = layout._replace(leaves=layout.treedef.flatten_up_to(params))
-            weights = [n.value for n in measure(own, ord=ord, axis_name=axis_name)]
         finite = all_finite(norms)
         limits, lowest, rule_state = decide(
-            rule, state.rule_state, layout, norms, weights, before, finite
+            rule, state.rule_state, layout, norms, params, before, ord=ord, axis_name=axis_name
         )
         clipped = _rescale(layout, norms, limits, finite, nonfinite=nonfinite, exact=exact)
         recorded = record(

@@ -32,6 +32,10 @@ class Row(NamedTuple):
     only_outside: bool = True
     # The smallest rank of a leaf: 1 where an axis is named.
     min_rank: int = 0
+    # The limit is a constant to derivatives, but depends on the gradient of the same step.
+    constant_limit: bool = True
+    # What a NaN turns the updates into.
+    spoilt: float = math.nan
     # "standard" for other people's code that mixes dtypes.
     promotion: str = "strict"
 
@@ -68,6 +72,26 @@ half_of_largest = oc.ThresholdRule(
     lambda norms, last, *_: (last / 2, jnp.maximum(last, jnp.nan_to_num(norms, posinf=0.0))),
 )
 
+# Each in every scope, with so short a memory that three steps show all of it.
+RULES = {
+    "window_quantile": oc.window_quantile(0.5, window=2),
+    "running_quantile": oc.running_quantile(0.5, rate=0.5, warmup=1),
+    "zscore": oc.zscore(1.0, warmup=1),
+    "ema_ratio": oc.ema_ratio(1.05, warmup=2),
+}
+SCOPES = ("global", "leaf", "unit")
+
+
+def rule(id: str, threshold: oc.ThresholdRule, scope: str) -> Row:
+    return Row(
+        id,
+        oc.clip_by_norm,
+        {"threshold": threshold, "scope": scope},
+        only_outside=False,
+        constant_limit="ema" not in id,
+    )
+
+
 ROWS = (
     Row("clip_by_value", oc.clip_by_value, {"limit": 0.5}, number="limit", elementwise=True),
     Row(
@@ -84,6 +108,7 @@ ROWS = (
         {"max_norm": 1.0, "ord": 1, "nonfinite": "zero"},
         number="max_norm",
         static_args=("ord",),
+        spoilt=0.0,
     ),
     Row("clip_by_norm, leaf", oc.clip_by_norm, {"threshold": 1.0}, number="threshold"),
     Row("clip_by_norm, unit", oc.clip_by_norm, {"threshold": 1.0, "scope": "unit"}, number="threshold"),
@@ -105,6 +130,32 @@ ROWS = (
     Row("clip_by_norm, rule", oc.clip_by_norm, {"threshold": half_of_largest}),
     Row("clip_by_norm, rule, unit", oc.clip_by_norm, {"threshold": half_of_largest, "scope": "unit"}),
     Row("normalize_by_norm", oc.normalize_by_norm, {"norm": 1.0}, number="norm", only_outside=False),
+    *(rule(f"{kind}, {scope}", each, scope) for kind, each in RULES.items() for scope in SCOPES),
+    Row(
+        "relative_to_params",
+        oc.clip_by_norm,
+        {"threshold": oc.relative_to_params(0.5)},
+        needs_params=True,
+    ),
+    Row("adaptive_grad_clip", oc.adaptive_grad_clip, {"ratio": 0.5}, number="ratio", needs_params=True),
+    Row("autoclip", oc.autoclip, {"percentile": 50}, number="percentile", static_args=("window",)),
+    Row("zclip", oc.zclip, {"z": 1.0, "warmup": 1}, number="z"),
+    Row("adagc", oc.adagc, {"warmup": 2}, number="ratio", only_outside=False, constant_limit=False),
+    Row("clip_by_update_rms", oc.clip_by_update_rms, {"max_rms": 1.0}, number="max_rms"),
+    Row(
+        "skip_spikes",
+        oc.skip_spikes,
+        {"inner": optax.identity(), "rule": 1.0},
+        number="rule",
+        spoilt=0.0,
+    ),
+    Row(
+        "skip_spikes, rule",
+        oc.skip_spikes,
+        {"inner": optax.identity(), "rule": oc.zscore(1.0, warmup=1)},
+        only_outside=False,
+        spoilt=0.0,
+    ),
     weights("box", lambda upper: oc.box(-0.5, upper), at=0.5, elementwise=True),
     weights("box, every=2", oc.box(-0.5, 0.5), every=2, elementwise=True),
     weights("non_negative", oc.non_negative(), elementwise=True),

@@ -243,7 +243,8 @@ def test_grad(row):
     (_, slope), (forward, _) = derivatives(grads, params)
     backward = optax.tree.vdot(slope, along)
     np.testing.assert_allclose(backward, forward, rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(backward, (above - below) / (2 * step), rtol=2e-2, atol=2e-2)
+    if row.constant_limit:
+        np.testing.assert_allclose(backward, (above - below) / (2 * step), rtol=2e-2, atol=2e-2)
     zero = jax.tree.map(jnp.zeros_like, grads)
     for weights in (params, zero):
         chex.assert_tree_all_finite(derivatives(zero, weights))
@@ -310,7 +311,12 @@ def test_multi_steps(row, standard_promotion):
     zero = jax.tree.map(jnp.zeros_like, PARAMS)
     for _ in range(2):
         updates, state = step(zero, state, PARAMS)
-        chex.assert_tree_all_finite((updates, metrics(state)))
+        chex.assert_tree_all_finite((updates, without_threshold(state)))
+
+
+def without_threshold(state):
+    """The metrics that are finite on every finite step; a rule may set no limit in its warm-up."""
+    return {key: x for key, x in metrics(state).items() if not key.endswith("/threshold")}
 
 
 def spoilt(arrays):
@@ -436,7 +442,7 @@ def test_edges(row, dtypes):
             updates, new = step(grads, state, params)
             assert types(updates) == types(grads)
             assert types(new) == looks
-            chex.assert_tree_all_finite((updates, metrics(new)))
+            chex.assert_tree_all_finite((updates, without_threshold(new)))
             chex.assert_trees_all_equal({key: updates[key] for key in rest}, rest)
             if size < 1 and row.only_outside:
                 chex.assert_trees_all_equal(updates, grads)
@@ -451,7 +457,7 @@ def test_empty(row):
         updates, new = tx.update(empty, state, empty)
         chex.assert_trees_all_equal(updates, empty)
         assert types(new) == types(state)
-        chex.assert_tree_all_finite({k: x for k, x in metrics(new).items() if "threshold" not in k})
+        chex.assert_tree_all_finite(without_threshold(new))
         for key, value in metrics(new).items():
             if key.endswith(("before", "after", "distance", "fraction")):
                 assert value == 0, key
@@ -475,8 +481,9 @@ def test_nan(row):
     if row.elementwise:
         assert_close(updates, spoilt(first_step(row.id)[0]))
     elif not row.needs_params:
-        fill = 0.0 if row.kwargs.get("nonfinite") == "zero" else jnp.nan
-        chex.assert_trees_all_equal(updates, jax.tree.map(lambda x: jnp.full_like(x, fill), PARAMS))
+        chex.assert_trees_all_equal(
+            updates, jax.tree.map(lambda x: jnp.full_like(x, row.spoilt), PARAMS)
+        )
     found = {key.rsplit("/", 1)[1]: value for key, value in metrics(state).items()}
     if not row.needs_params:
         assert (found["steps"], found["steps_nonfinite"]) == (1, 1)

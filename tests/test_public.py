@@ -26,7 +26,7 @@ TRANSFORMS = [name for name, value in OBJECTS.items() if is_transform(value)]
 
 def test_all_is_sorted_and_complete():
     assert sorted(set(NAMES)) == NAMES
-    modules = {path.stem for path in Path(optax_clip.__file__).parent.glob("*.py")}
+    modules = {path.stem for path in Path(optax_clip.__file__).parent.iterdir()}
     public = {name for name in vars(optax_clip) if not name.startswith("_")} - modules - {"version"}
     assert public == set(NAMES)
 

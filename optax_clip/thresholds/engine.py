@@ -1,4 +1,4 @@
-"""Decide: how a limit follows from the norms seen so far."""
+"""What a rule is, and how it is asked in each scope."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -13,7 +13,8 @@ from optax_clip import _validate
 from optax_clip._numerics import as_dtype
 from optax_clip._records import increment
 from optax_clip._trees import Layout, place_along, place_like
-from optax_clip.norms import Norm
+from optax_clip._validate import AxisName, Ord
+from optax_clip.norms import Norm, all_finite, measure
 
 __all__ = ["ThresholdRule"]
 
@@ -113,13 +114,16 @@ def decide(
     state: Any,
     layout: Layout,
     norms: Sequence[Norm],
-    weights: Sequence[Array] | None,
+    params: Any,
     before: Array,
-    finite: Array,
+    *,
+    ord: Ord,
+    axis_name: AxisName,
 ) -> tuple[list[Array], Array, Any]:
     """Ask the rule for a limit a scope, the smallest of them, and its next state.
 
-    It sees float32, NaN on a non-finite step, 0 where nothing is measured.
+    It sees float32, NaN on a non-finite step, 0 where nothing is measured; of ``params``, which may be
+    None, the norms in the same scopes.
     """
     if isinstance(rule, Fixed):
         limit, state = rule.update(jnp.zeros((), before.dtype), state, None, before)
@@ -127,12 +131,18 @@ def decide(
         limits = [jnp.broadcast_to(limit, n.root.shape) if flat else limit for n in norms]
         return limits, limit, state
 
+    finite = all_finite(norms)
+
     def seen(values: Sequence[Array]) -> list[Array]:
         return [lax.stop_gradient(jnp.where(finite, v, jnp.nan).astype(jnp.float32)) for v in values]
 
     (whole,) = seen([before])
     values = seen([n.value for n in norms])
-    lengths = None if weights is None else [w.astype(jnp.float32) for w in weights]
+    lengths = None
+    if params is not None:
+        weights = layout._replace(leaves=layout.treedef.flatten_up_to(params))
+        sizes = measure(weights, ord=ord, axis_name=axis_name)
+        lengths = [n.value.astype(jnp.float32) for n in sizes]
     if layout.pooled is None:
         states = list(state)
         limits = []

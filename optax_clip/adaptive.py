@@ -1,0 +1,384 @@
+"""Algorithms from papers, each a norm, a rule and an action."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from optax_clip import _validate
+from optax_clip._records import first_record, increment, record
+from optax_clip._trees import Layout, place_like
+from optax_clip._validate import AxisName, Scope
+from optax_clip.clipping import clip_by_norm
+from optax_clip.norms import all_finite, measure
+from optax_clip.thresholds import ema_ratio, relative_to_params, window_quantile, zscore
+from optax_clip.thresholds.engine import Threshold, as_rule, decide, start
+
+__all__ = ["adagc", "adaptive_grad_clip", "autoclip", "clip_by_update_rms", "skip_spikes", "zclip"]
+
+
+def adaptive_grad_clip(
+    ratio: ArrayLike = 0.01,
+    *,
+    eps: ArrayLike = 1e-3,
+    scope: Scope = "unit",
+    nonfinite: str = "propagate",
+    axis_name: AxisName = None,
+    name: str = "clip",
+) -> optax.GradientTransformationExtraArgs:
+    r"""AGC: clip each unit relative to the norm of its weights, for training without batch norm.
+
+    .. math:: g_i \leftarrow g_i \min\Big(1, \lambda \frac{\max(\|w_i\|, \epsilon)}{\|g_i\|}\Big)
+
+    Args:
+        ratio: the factor λ >= 0.
+        eps: the norm ε >= 0 that a unit is taken to have at least.
+        scope: which entries share a norm, as in `clip_by_norm`.
+        nonfinite: ``"propagate"`` or ``"zero"``, as in `clip_by_norm`.
+        axis_name: mapped axes to sum over, as in `global_norm`.
+        name: prefix of the metrics.
+
+    Returns:
+        ``clip_by_norm(relative_to_params(ratio, eps=eps), scope="unit")``, whose update needs
+        ``params``. The paper leaves the last linear layer out: mask it with `optax.masked`. For kernels
+        of rank 3 a unit is one index of the last axis, as in the authors' code, where
+        `optax.adaptive_grad_clip` reduces axis 0 only (``scope=0``).
+
+    Raises:
+        ValueError: for a negative or NaN argument, and in the update without ``params``.
+        TypeError: for an argument that is not a number.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from optax_clip import adaptive_grad_clip
+        >>> tx = adaptive_grad_clip(0.1)
+        >>> kernel = jnp.array([[3.0, 0.0], [4.0, 1.0]])
+        >>> updates, _ = tx.update(jnp.ones((2, 2)), tx.init(kernel), kernel)
+        >>> print(updates)
+        [[0.35355338 0.07071068]
+         [0.35355338 0.07071068]]
+
+    References:
+        Brock, De, Smith, Simonyan, 2021, https://arxiv.org/abs/2102.06171
+    """
+    rule = relative_to_params(ratio, eps=eps)
+    return clip_by_norm(rule, scope=scope, nonfinite=nonfinite, axis_name=axis_name, name=name)
+
+
+def autoclip(
+    percentile: ArrayLike = 10,
+    *,
+    window: int | None = None,
+    nonfinite: str = "propagate",
+    axis_name: AxisName = None,
+    name: str = "clip",
+) -> optax.GradientTransformationExtraArgs:
+    r"""AutoClip: clip the global norm at a percentile of the norms seen so far.
+
+    .. math:: g \leftarrow g \min\Big(1, \frac{C_t}{\|g\|}\Big), \quad
+        C_t = Q_{p / 100}(\|g_{t-k+1}\|, \dots, \|g_t\|)
+
+    Args:
+        percentile: the percentile p, from 0 to 100. With 10, nine steps of ten are clipped.
+        window: how many norms to remember; None for 1000. Static.
+        nonfinite: ``"propagate"`` or ``"zero"``, as in `clip_by_norm`.
+        axis_name: mapped axes to sum over, as in `global_norm`.
+        name: prefix of the metrics.
+
+    Returns:
+        ``clip_by_global_norm(window_quantile(percentile / 100, window=window))``. The authors' code
+        keeps every norm of the run, NaN included, which makes every later limit NaN; here a window
+        bounds the memory and takes in neither NaN nor inf nor 0.
+
+    Raises:
+        ValueError: for a percentile outside [0, 100], ``window < 1`` or a traced window.
+        TypeError: for an argument of another type.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from optax_clip import autoclip
+        >>> tx = autoclip(50)
+        >>> state = tx.init(jnp.zeros(2))
+        >>> for g in (jnp.array([3.0, 4.0]), jnp.array([9.0, 12.0])):
+        ...     g, state = tx.update(g, state)
+        ...     print(g)
+        [3. 4.]
+        [6. 8.]
+
+        The median of the norms 5 and 15 is 10.
+
+    References:
+        Seetharaman, Wichern, Pardo, Le Roux, 2020, https://arxiv.org/abs/2007.14469
+    """
+    _validate.between(0, 100, percentile=percentile)
+    rule = window_quantile(percentile / 100, window=window)
+    return clip_by_norm(rule, scope="global", nonfinite=nonfinite, axis_name=axis_name, name=name)
+
+
+def zclip(
+    z: ArrayLike = 2.5,
+    *,
+    decay: ArrayLike = 0.97,
+    warmup: ArrayLike = 25,
+    max_norm: ArrayLike | None = None,
+    nonfinite: str = "propagate",
+    axis_name: AxisName = None,
+    name: str = "clip",
+) -> optax.GradientTransformationExtraArgs:
+    r"""ZClip: clip only spikes, steps whose global norm stands out from its running mean.
+
+    .. math:: g \leftarrow g \min\Big(1, \frac{\mu + z^2 \sigma / z_t}{\|g\|}\Big)
+        \;\text{ where } z_t = \frac{\|g\| - \mu}{\sigma + 10^{-6}} > z
+
+    Args:
+        z: the score >= 0 above which a norm is a spike.
+        decay: the decay of mean and variance, in [0, 1).
+        warmup: how many norms, at first, are not limited and give mean and variance.
+        max_norm: a cap >= 0 on the limit, also in warm-up.
+        nonfinite: ``"propagate"`` or ``"zero"``, as in `clip_by_norm`.
+        axis_name: mapped axes to sum over, as in `global_norm`.
+        name: prefix of the metrics.
+
+    Returns:
+        ``clip_by_global_norm(zscore(z, decay=decay, warmup=warmup, max_norm=max_norm))``. It differs
+        from the authors' code in this: ``max_norm`` is None by default as in the paper's algorithm,
+        theirs is 1; a NaN leaves the statistics alone, where theirs are NaN for good; and after 50
+        spikes in a row they follow the new level.
+
+    Raises:
+        ValueError: for a negative z, warm-up or max_norm, or a decay outside [0, 1).
+        TypeError: for an argument of another type.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from optax_clip import zclip
+        >>> tx = zclip(2.0, warmup=2)
+        >>> state = tx.init(jnp.zeros(2))
+        >>> for size in (1.0, 3.0, 10.0):
+        ...     g, state = tx.update(jnp.array([0.6, 0.8]) * size, state)
+        ...     print(f"{jnp.linalg.norm(g):.3f}")
+        1.000
+        3.000
+        2.500
+
+        The mean of 1 and 3 is 2 and their deviation 1, so 10 has the score 8: 2 + 2² / 8 = 2.5.
+
+    References:
+        Kumar, Owen, Roy Chowdhury, Güra, 2025, https://arxiv.org/abs/2504.02507
+    """
+    rule = zscore(z, decay=decay, warmup=warmup, max_norm=max_norm)
+    return clip_by_norm(rule, scope="global", nonfinite=nonfinite, axis_name=axis_name, name=name)
+
+
+def adagc(
+    ratio: ArrayLike = 1.05,
+    *,
+    decay: ArrayLike = 0.98,
+    warmup: ArrayLike = 100,
+    max_norm: ArrayLike = 1.0,
+    nonfinite: str = "propagate",
+    axis_name: AxisName = None,
+    name: str = "clip",
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdaGC: clip each leaf relative to the running mean of its own clipped norm.
+
+    .. math:: g_i \leftarrow g_i \min\Big(1, \frac{\lambda \gamma_{i}}{\|g_i\|}\Big), \quad
+        \gamma_i \leftarrow b \gamma_i + (1 - b) \|g_i\|
+
+    and before step ``warmup`` the whole tree to ``max_norm``, γ then being the smallest clipped norm.
+
+    Args:
+        ratio: the factor λ >= 0.
+        decay: the decay b of γ, in [0, 1).
+        warmup: the step, counted from 1, from which on leaves are clipped on their own.
+        max_norm: the limit >= 0 on the norm of the whole tree in warm-up.
+        nonfinite: ``"propagate"`` or ``"zero"``, as in `clip_by_norm`.
+        axis_name: mapped axes to sum over, as in `global_norm`.
+        name: prefix of the metrics.
+
+    Returns:
+        ``clip_by_norm(ema_ratio(ratio, decay=decay, warmup=warmup, max_norm=max_norm), scope="leaf")``.
+        It is Algorithm 1 of the paper but for what would break it: one zero gradient in warm-up makes γ
+        of that leaf 0 for good there, one NaN makes it NaN; here neither is taken in. PaddlePaddle's
+        version takes the norms before the global clip into γ and has other defaults.
+
+    Raises:
+        ValueError: for a negative ratio, warm-up or max_norm, or a decay outside [0, 1).
+        TypeError: for an argument of another type.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from optax_clip import adagc
+        >>> tx = adagc(1.5, decay=0.5, warmup=2, max_norm=5.0)
+        >>> state = tx.init(jnp.zeros(2))
+        >>> for g in (jnp.array([6.0, 8.0]), jnp.array([6.0, 8.0])):
+        ...     g, state = tx.update(g, state)
+        ...     print(g)
+        [3. 4.]
+        [4.5 6. ]
+
+    References:
+        Wang, Liu, Xu, Chen, Zhu, Hong, Xu, Zhang, Shi, Ma, Wu, 2025, https://arxiv.org/abs/2502.11034
+    """
+    rule = ema_ratio(ratio, decay=decay, warmup=warmup, max_norm=max_norm)
+    return clip_by_norm(rule, scope="leaf", nonfinite=nonfinite, axis_name=axis_name, name=name)
+
+
+def clip_by_update_rms(
+    max_rms: ArrayLike | optax.Schedule = 1.0,
+    *,
+    nonfinite: str = "propagate",
+    axis_name: AxisName = None,
+    name: str = "clip",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adafactor's update clipping: bound the root mean square of each leaf of the update.
+
+    It goes after the preconditioner, such as `optax.scale_by_adam`, and before the learning rate: there
+    an update has a root mean square near 1 unless the second moment lags behind.
+
+    .. math:: u \leftarrow \frac{u}{\max(1, \mathrm{RMS}(u) / d)}
+
+    Args:
+        max_rms: the limit d >= 0, a number or a schedule ``step -> number``.
+        nonfinite: ``"propagate"`` or ``"zero"``, as in `clip_by_norm`.
+        axis_name: mapped axes to average over, as in `global_norm`.
+        name: prefix of the metrics.
+
+    Returns:
+        ``clip_by_norm(max_rms, scope="leaf", ord="rms")``.
+
+    Raises:
+        ValueError: for a negative or NaN limit.
+        TypeError: for a limit that is neither a number nor a schedule.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from optax_clip import clip_by_update_rms
+        >>> tx = clip_by_update_rms(1.0)
+        >>> updates, _ = tx.update(jnp.full(4, 3.0), tx.init(jnp.zeros(4)))
+        >>> print(updates)
+        [1. 1. 1. 1.]
+
+    References:
+        Shazeer, Stern, 2018, https://arxiv.org/abs/1804.04235
+    """
+    rule = as_rule(max_rms=max_rms)
+    return clip_by_norm(
+        rule, scope="leaf", ord="rms", nonfinite=nonfinite, axis_name=axis_name, name=name
+    )
+
+
+class SkipState(NamedTuple):
+    """What was skipped, what the rule remembers, and the state of the optimizer inside."""
+
+    recorded: dict[str, Array]
+    rule_state: Any
+    skipped_in_a_row: Array
+    inner_state: Any
+
+
+def skip_spikes(
+    inner: optax.GradientTransformation,
+    rule: Threshold,
+    *,
+    max_consecutive: ArrayLike = 50,
+    axis_name: AxisName = None,
+    name: str = "skip",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Leave out the steps whose gradient is a spike, or not finite.
+
+    .. math:: u_t = 0 \;\text{ where } \|g_t\| > C_t, \text{ else } \mathrm{inner}(g_t)
+
+    A step that is left out gives a zero update and leaves the state of the inner optimizer as it was, so
+    that a bad batch neither moves the weights nor enters the moments.
+
+    Args:
+        inner: the optimizer to guard.
+        rule: the limit C on the norm of the whole gradient: a `ThresholdRule` such as `zscore`, a number
+            >= 0, a 0-d array or a schedule ``step -> number``.
+        max_consecutive: after so many spikes left out in a row the next finite step is taken.
+        axis_name: mapped axes to sum over, as in `global_norm`.
+        name: prefix of the metrics.
+
+    Returns:
+        A transform with the metrics of `clip_by_global_norm`, where a spike that is left out counts as
+        clipped, and the counter ``{name}/steps_skipped`` of all steps left out. A step that is not
+        finite is always left out and does not count towards ``max_consecutive``. On a step that is left
+        out ``inner`` is given zeros, and its result is thrown away.
+
+    Raises:
+        ValueError: for a negative or NaN limit, ``max_consecutive < 1``.
+        TypeError: for an argument of another type.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from optax_clip import metrics, skip_spikes
+        >>> tx = skip_spikes(optax.sgd(0.5), 10.0)
+        >>> state = tx.init(jnp.zeros(2))
+        >>> for g in (jnp.array([3.0, 4.0]), jnp.array([30.0, 40.0]), jnp.array([jnp.nan, 1.0])):
+        ...     g, state = tx.update(g, state)
+        ...     print(g)
+        [-1.5 -2. ]
+        [0. 0.]
+        [0. 0.]
+        >>> print(metrics(state)["skip/steps_skipped"])
+        2
+
+    References:
+        OLMo Team, 2025, 2 OLMo 2 Furious, https://arxiv.org/abs/2501.00656
+    """
+    limit = as_rule(rule=rule)
+    guarded = optax.with_extra_args_support(inner)
+    _validate.integer(1, max_consecutive=max_consecutive)
+    _validate.label(name=name)
+    counter = f"{name}/steps_skipped"
+
+    def init(params: optax.Params) -> SkipState:
+        recorded = first_record(name) | {counter: jnp.zeros((), jnp.int32)}
+        recorded, skipped = place_like((recorded, jnp.zeros((), jnp.int32)), params)
+        rule_state = start(limit, Layout.of(params, "global"), params)
+        return SkipState(recorded, rule_state, skipped, guarded.init(params))
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, SkipState]:
+        layout = Layout.of(updates, "global")
+        norms = measure(layout, ord=None, axis_name=axis_name)
+        finite, before = all_finite(norms), norms[0].value
+        (threshold,), lowest, rule_state = decide(
+            limit, state.rule_state, layout, norms, params, before, ord=None, axis_name=axis_name
+        )
+        spike = finite & ~(before <= threshold)
+        skipped = spike & (state.skipped_in_a_row < jnp.asarray(max_consecutive))
+        take = lax.optimization_barrier(finite & ~skipped)
+        in_a_row = jnp.where(skipped, increment(state.skipped_in_a_row), 0)
+
+        safe = layout.rebuild([_keep(take, x) for x in layout.measured])
+        new, inner_state = guarded.update(safe, state.inner_state, params, **extra)
+        taken = Layout.of(new, "global")
+        recorded = record(
+            state.recorded,
+            name,
+            before=before,
+            after=jnp.where(take, before, 0),
+            threshold=lowest,
+            over=[skipped],
+            finite=finite,
+        )
+        recorded[counter] = increment(state.recorded[counter], ~take)
+        return taken.rebuild([_keep(take, x) for x in taken.measured]), SkipState(
+            recorded,
+            rule_state,
+            jnp.where(finite, in_a_row, state.skipped_in_a_row),
+            jax.tree.map(lambda x, y: jnp.where(take, x, y), inner_state, state.inner_state),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _keep(take: Array, x: Array) -> Array:
+    return lax.select(take, x, jnp.zeros_like(x))
