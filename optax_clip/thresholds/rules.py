@@ -106,7 +106,7 @@ def window_quantile(q: ArrayLike, *, window: int | None = None, warmup: ArrayLik
     _validate.integer(0, warmup=warmup)
     # A product of the coarse part with a count below 4096 is exact in float32.
     exact: Any = q if isinstance(q, jax.Array) else np.asarray(q).item()
-    coarse = round(exact * 4096) / 4096
+    coarse = round(exact * 4096, 0) / 4096
     fine = exact - coarse
 
     def init(norms: Array) -> _Window:
