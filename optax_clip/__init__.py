@@ -22,9 +22,13 @@ from optax_clip.projection import where as where
 from optax_clip.recording import metrics as metrics
 from optax_clip.sets import Constraint as Constraint
 from optax_clip.sets import box as box
+from optax_clip.sets import init_box as init_box
 from optax_clip.sets import non_negative as non_negative
 from optax_clip.sets import norm_ball as norm_ball
+from optax_clip.sets import norm_shell as norm_shell
 from optax_clip.sets import norm_sphere as norm_sphere
+from optax_clip.sets import simplex as simplex
+from optax_clip.sets import spectral_ball as spectral_ball
 from optax_clip.thresholds import ThresholdRule as ThresholdRule
 from optax_clip.thresholds import ema_ratio as ema_ratio
 from optax_clip.thresholds import relative_to_params as relative_to_params
@@ -46,16 +50,20 @@ __all__ = [
     "clip_tree",
     "ema_ratio",
     "global_norm",
+    "init_box",
     "metrics",
     "non_negative",
     "norm_ball",
+    "norm_shell",
     "norm_sphere",
     "normalize_by_norm",
     "project",
     "project_weights",
     "relative_to_params",
     "running_quantile",
+    "simplex",
     "skip_spikes",
+    "spectral_ball",
     "tree_norms",
     "violation",
     "where",

@@ -123,9 +123,14 @@ def round_up(x: Any, dtype: Any) -> Any:
     return -round_down(-x, dtype)
 
 
-def truncate(x: Array, dtype: Any) -> Array:
-    """The number of ``dtype`` next to ``x`` on the side of zero."""
-    return x if x.dtype == dtype else jnp.copysign(round_down(jnp.abs(x), dtype), x.astype(dtype))
+def shorten(x: Array, dtype: Any) -> Array:
+    """``x`` in another dtype, each part rounded to the side of zero."""
+    if x.dtype == dtype:
+        return x
+    if jnp.iscomplexobj(x):
+        part = jnp.finfo(dtype).dtype
+        return lax.complex(shorten(x.real, part), shorten(x.imag, part))
+    return jnp.copysign(round_down(jnp.abs(x), dtype), x.astype(dtype))
 
 
 def clamp(x: Array, low: Array, high: Array) -> Array:

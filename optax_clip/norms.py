@@ -144,7 +144,7 @@ def measure(layout: Layout, *, ord: Ord, axis_name: AxisName) -> list[Norm]:
     leaves = [widen(lax.optimization_barrier(x) if x.dtype.itemsize < 4 else x, dtype) for x in leaves]
 
     def pool(terms: list[Array], *, p: float) -> list[Array]:
-        return _pool(layout, terms, mapped, dtype, maximum=p == math.inf)
+        return pool_scopes(layout, terms, mapped, dtype, maximum=p == math.inf)
 
     def root(sums: list[Array]) -> list[Array]:
         means = [s / jnp.maximum(n, 1) if ord == "rms" else s for s, n in zip(sums, counts, strict=True)]
@@ -214,14 +214,14 @@ def _power(x: Array, p: float) -> Array:
     """``|x|^p``, with derivatives of 0 at 0 in every order but the square's own."""
     if p == 2:
         return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
-    y = _modulus(x)
+    y = modulus(x)
     if p in (1, math.inf):
         return y
     zero = y == 0
     return jnp.where(zero, 0, jnp.where(zero, 1, y) ** p)
 
 
-def _modulus(x: Array) -> Array:
+def modulus(x: Array) -> Array:
     """``|x|``, with a derivative of 0 at 0, where that of `jnp.abs` is 1."""
     return jnp.abs(x) if jnp.iscomplexobj(x) else x * lax.stop_gradient(jnp.sign(x))
 
@@ -241,18 +241,19 @@ def _join(parts: Sequence[Array], dtype: Any, *, maximum: bool) -> Array:
     return functools.reduce(op, parts) if parts else jnp.zeros((), dtype)
 
 
-def _pool(
+def pool_scopes(
     layout: Layout,
     terms: Sequence[Array],
     mapped: Sequence[tuple[Hashable, ...]],
     dtype: Any,
     *,
     maximum: bool,
+    initial: float = 0,
 ) -> list[Array]:
     """Reduce one term an entry to one value a scope."""
     keep = layout.pooled is None
     values = [
-        jnp.max(t, axis=axes, keepdims=keep, initial=0)
+        jnp.max(t, axis=axes, keepdims=keep, initial=initial)
         if maximum
         else jnp.sum(t, axis=axes, keepdims=keep)
         for t, axes in zip(terms, layout.axes, strict=True)

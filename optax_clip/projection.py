@@ -19,7 +19,7 @@ from optax_clip._numerics import (
 from optax_clip._records import increment, share
 from optax_clip._trees import Layout, path_string, place_like
 from optax_clip.norms import global_norm
-from optax_clip.sets import Constraint, as_constraint
+from optax_clip.sets.constraint import Constraint, Memory, as_constraint, remembering
 
 __all__ = ["project", "project_weights", "violation", "where"]
 
@@ -27,9 +27,10 @@ ConstraintLike = Constraint | Callable[[optax.Params], optax.Params]
 
 
 class ProjectState(NamedTuple):
-    """What a projection did; read it with `metrics`."""
+    """What a projection did (read it with `metrics`), and what its set remembers."""
 
     recorded: dict[str, Array]
+    memory: Any
 
 
 def project(params: optax.Params, constraint: ConstraintLike) -> optax.Params:
@@ -129,13 +130,14 @@ def project_weights(
         [ 6.5  -4.75]
     """
     wanted = as_constraint(constraint)
+    memory = remembering(wanted)
     _validate.integer(1, every=every)
     _validate.label(name=name)
 
     def init(params: optax.Params) -> ProjectState:
         gauges = {f"{name}/{key}": jnp.zeros((), jnp.float32) for key in ("distance", "fraction")}
         recorded = gauges | {f"{name}/steps": jnp.zeros((), jnp.int32)}
-        return place_like(ProjectState(recorded), params)
+        return ProjectState(place_like(recorded, params), memory.init(params))
 
     def update(
         updates: optax.Updates,
@@ -148,17 +150,17 @@ def project_weights(
             raise ValueError("Expected params in update of project_weights, got params=None.")
         steps = increment(state.recorded[f"{name}/steps"])
 
-        def projected() -> tuple[optax.Updates, Array, Array]:
-            return _project_updates(wanted, updates, params)
+        def projected() -> tuple[_Projected, Any]:
+            return _project_updates(wanted, memory, state.memory, updates, params)
 
-        def untouched() -> tuple[optax.Updates, Array, Array]:
-            return updates, jnp.float32(0), jnp.float32(0)
+        def untouched() -> tuple[_Projected, Any]:
+            return _Projected(updates, jnp.float32(0), jnp.float32(0)), state.memory
 
         always = not _validate.is_traced(every) and int(every) == 1
         due = True if always else steps % jnp.maximum(jnp.int32(every), 1) == 0
-        updates, distance, fraction = cond(due, projected, untouched)
-        gauges = {f"{name}/distance": distance, f"{name}/fraction": fraction}
-        return updates, ProjectState(gauges | {f"{name}/steps": steps})
+        done, kept = cond(due, projected, untouched)
+        gauges = {f"{name}/distance": done.distance, f"{name}/fraction": done.fraction}
+        return done.updates, ProjectState(gauges | {f"{name}/steps": steps}, kept)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -196,23 +198,32 @@ def where(predicate: Callable[[str, Any], bool]) -> Callable[[Any], Any]:
     return mask
 
 
+class _Projected(NamedTuple):
+    """The updates that land in the set, how far that moves the weights, and the share it concerns."""
+
+    updates: optax.Updates
+    distance: Array
+    fraction: Array
+
+
 def _project_updates(
-    constraint: Constraint, updates: optax.Updates, params: optax.Params
-) -> tuple[optax.Updates, Array, Array]:
-    """The updates that land in the set, how far that moves the weights, and the share moved."""
+    constraint: Constraint, memory: Memory, kept: Any, updates: optax.Updates, params: optax.Params
+) -> tuple[_Projected, Any]:
     layout = Layout.of(updates, "leaf")
     weights = layout._replace(leaves=layout.treedef.flatten_up_to(params)).measured
     # XLA contracts products with the sums below, which `apply_updates` would not repeat.
     wanted = [lax.optimization_barrier(u) for u in layout.measured]
     reached = [applied(p, u) for p, u in zip(weights, wanted, strict=True)]
-    found = Layout.of(constraint.nearest(layout.rebuild(reached, other=lambda _: None)), "leaf")
-    targets = [lax.optimization_barrier(t) for t in found.measured]
+    nearest, new = memory.nearest(layout.rebuild(reached, other=lambda _: None), kept)
+    targets = [lax.optimization_barrier(t) for t in Layout.of(nearest, "leaf").measured]
     landed = [
         land(p, u, s, t, shrinks=constraint.shrinks)
         for p, u, s, t in zip(weights, wanted, reached, targets, strict=True)
     ]
     dtype = accumulator(targets)
     moves = [widen(t, dtype) - widen(s, dtype) for s, t in zip(reached, targets, strict=True)]
-    fraction = share([s != t for s, t in zip(reached, targets, strict=True)])
+    marks = [s != t for s, t in zip(reached, targets, strict=True)]
+    if memory.marks is not None:
+        marks = memory.marks(nearest, new)
     distance = global_norm(moves).astype(jnp.float32)
-    return layout.rebuild(landed), distance, fraction
+    return _Projected(layout.rebuild(landed), distance, share(marks)), new

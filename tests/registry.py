@@ -34,6 +34,8 @@ class Row(NamedTuple):
     min_rank: int = 0
     # The limit is a constant to derivatives, but depends on the gradient of the same step.
     constant_limit: bool = True
+    # The state depends on shapes and dtypes alone, so that `init` needs no arrays.
+    abstract: bool = True
     # What a NaN turns the updates into.
     spoilt: float = math.nan
     # "standard" for other people's code that mixes dtypes.
@@ -138,7 +140,14 @@ ROWS = (
         needs_params=True,
     ),
     Row("adaptive_grad_clip", oc.adaptive_grad_clip, {"ratio": 0.5}, number="ratio", needs_params=True),
-    Row("autoclip", oc.autoclip, {"percentile": 50}, number="percentile", static_args=("window",)),
+    Row(
+        "autoclip",
+        oc.autoclip,
+        {"percentile": 50},
+        number="percentile",
+        static_args=("window",),
+        only_outside=False,
+    ),
     Row("zclip", oc.zclip, {"z": 1.0, "warmup": 1}, number="z"),
     Row("adagc", oc.adagc, {"warmup": 2}, number="ratio", only_outside=False, constant_limit=False),
     Row("clip_by_update_rms", oc.clip_by_update_rms, {"max_rms": 1.0}, number="max_rms"),
@@ -163,6 +172,20 @@ ROWS = (
     weights("norm_ball, inf", lambda r: oc.norm_ball(r, ord=math.inf), at=0.5, elementwise=True),
     weights("norm_ball, unit", lambda r: oc.norm_ball(r, scope="unit"), at=1.0),
     weights("norm_sphere", oc.norm_sphere, at=1.0, only_outside=False),
+    weights("norm_ball, 1", lambda r: oc.norm_ball(r, ord=1), at=1.0),
+    weights("norm_ball, 1, unit", lambda r: oc.norm_ball(r, ord=1, scope="unit"), at=1.0),
+    weights(
+        "norm_ball, 1, global",
+        lambda r: oc.norm_ball(r, ord=1, scope="global"),
+        at=1.0,
+        only_outside=False,
+    ),
+    weights("norm_shell", lambda r: oc.norm_shell(0.125, r), at=1.0, only_outside=False),
+    weights("simplex", oc.simplex, at=1.0, only_outside=False),
+    weights("simplex, unit", lambda r: oc.simplex(r, scope="unit"), at=1.0, only_outside=False),
+    weights("spectral_ball", oc.spectral_ball, at=1.0, constant_limit=False),
+    weights("spectral_ball, power", oc.spectral_ball(1.0, power_iterations=2), constant_limit=False),
+    weights("init_box", oc.init_box, at=2.0, elementwise=True, only_outside=False, abstract=False),
     weights("optax.projections", optax.projections.projection_l2_ball, promotion="standard"),
 )
 

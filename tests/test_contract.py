@@ -361,7 +361,8 @@ def test_init_needs_no_arrays(row):
     tx = row.make()
     expected = tx.init(PARAMS)
     abstract = jax.eval_shape(lambda: PARAMS)
-    chex.assert_trees_all_equal(tx.init(abstract), expected)
+    if row.abstract:
+        chex.assert_trees_all_equal(tx.init(abstract), expected)
     chex.assert_trees_all_equal(jax.jit(tx.init)(PARAMS), expected)
     assert types(tx.init(abstract)) == types(jax.jit(tx.init)(PARAMS)) == types(expected)
     assert types(jax.eval_shape(tx.init, PARAMS)) == types(expected)

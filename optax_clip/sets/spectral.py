@@ -1,0 +1,230 @@
+"""The spectral ball: matrices with bounded singular values."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from optax_clip import _validate
+from optax_clip._numerics import accumulator, as_dtype, cond, power_of_two, scale, shorten, widen
+from optax_clip._trees import Layout, is_inexact, place_along, place_like, shape_of
+from optax_clip.sets.constraint import Constraint, Memory, Setting, largest, margins, settings, spread
+
+__all__ = ["spectral_ball"]
+
+
+def spectral_ball(
+    radius: Setting = 1.0, *, power_iterations: int | None = None, flatten: bool = False
+) -> Constraint:
+    r"""Each matrix with singular values of at most the radius: a bounded Lipschitz constant.
+
+    .. math:: P(W) = U \min(\Sigma, r) V^\top \quad \text{for } W = U \Sigma V^\top
+
+    by an eigendecomposition of the smaller Gram matrix: for an m x n matrix, m >= n, about ``m n^2``
+    products for the Gram matrix, as many for the result, and some ``10 n^3`` between. That is the
+    nearest point. The cheap form with ``power_iterations=k`` scales the whole matrix, for ``2 k m n``
+    products:
+
+    .. math:: W \min(1, r / \sigma), \quad \sigma \approx \|W\|_2
+
+    with σ from k power iterations that go on, each step, from the vector of the last.
+
+    Args:
+        radius: the largest singular value r >= 0: a number, a 0-d array, or a tree of these that is a
+            prefix of the weights.
+        power_iterations: None for the nearest point; k >= 1 for the cheap form. Static.
+        flatten: take a leaf as one matrix of ``(all but the last axis, last axis)``, the usual one of a
+            convolution kernel ``(height, width, in, out)``. Static.
+
+    Returns:
+        A set for `project_weights`, `project` and `violation`. As in `jax.numpy.linalg` the last two
+        axes are the matrix and those before them a batch: stacked layers, experts. A convolution kernel
+        is then bounded tap by tap, or as a whole with ``flatten=True``; neither is the norm of the
+        convolution itself. Leaves of rank below 2 are left as they are, and so are matrices with an inf
+        or NaN entry. The nearest point lands within 4 eps of the radius, the eps of the leaf's dtype.
+        The cheap form finds σ from below, so weights approach the ball over some steps rather than
+        land in it; from `project`, which remembers no vector, it takes 30 iterations more. Derivatives
+        take the singular vectors as constants.
+
+    Raises:
+        ValueError: for a negative or NaN radius, ``power_iterations < 1``, a tree that is not a prefix.
+        TypeError: for an argument of another type.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from optax_clip import project, spectral_ball
+        >>> print(jnp.round(project(jnp.array([[3.0, 0.0], [0.0, 0.5]]), spectral_ball(1.0)), 4))
+        [[1.  0. ]
+         [0.  0.5]]
+
+    References:
+        Yoshida, Miyato, 2017, https://arxiv.org/abs/1705.10941; Miyato, Kataoka, Koyama, Yoshida, 2018,
+        https://arxiv.org/abs/1802.05957
+    """
+    settings(functools.partial(_validate.at_least, 0), radius=radius)
+
+    def matrices(params: optax.Params) -> tuple[Layout, list[Array], list[Array | None]]:
+        layout = Layout.of(params, "leaf")
+        radii = [jnp.maximum(as_dtype(r, jnp.float32), 0) for r in spread(layout, radius=radius)]
+        return layout, radii, [_matrix(x, flatten) for x in layout.measured]
+
+    def nearest(params: optax.Params) -> optax.Params:
+        layout, radii, found = matrices(params)
+        return _rebuilt(
+            layout, [None if x is None else _cap(x, r) for x, r in zip(found, radii, strict=True)]
+        )
+
+    def excess(params: optax.Params) -> Array:
+        _, radii, found = matrices(params)
+        return largest(
+            [
+                jnp.maximum(_spectrum(widen(x, accumulator([x])))[0] - r.astype(accumulator([x])), 0)
+                for x, r in zip(found, radii, strict=True)
+                if x is not None
+            ]
+        )
+
+    if power_iterations is None:
+        return Constraint(nearest, excess)
+    _validate.static(power_iterations=power_iterations)
+    _validate.integer(1, power_iterations=power_iterations)
+
+    def init(params: optax.Params) -> tuple[Any, ...]:
+        return tuple(_first_vector(x, flatten) for x in Layout.of(params, "leaf").leaves)
+
+    def step(params: optax.Params, vectors: Any, more: int = 0) -> tuple[optax.Params, tuple[Any, ...]]:
+        layout, radii, found = matrices(params)
+        kept, scaled = list(vectors), list(found)
+        for i, (place, x, r) in enumerate(zip(layout.places, found, radii, strict=True)):
+            if x is not None:
+                count = power_iterations + more
+                scaled[i], kept[place] = _scaled(x, r, vectors[place], count)
+        return _rebuilt(layout, scaled), tuple(kept)
+
+    return Constraint(
+        lambda params: step(params, init(params), 30)[0], excess, shrinks=True, memory=Memory(init, step)
+    )
+
+
+def _first_vector(leaf: Any, flatten: bool) -> Any:
+    """A row for each matrix, any but one that it maps to 0; () for a leaf that is no matrix."""
+    shape = shape_of(leaf)
+    if not is_inexact(leaf) or len(shape) < 2 or 0 in shape:
+        return ()
+    reduced = tuple(range(0 if flatten else len(shape) - 2, len(shape) - 1))
+    wave = jnp.cos(jnp.arange(shape[-1], dtype=jnp.float32))
+    dtype = jnp.complex64 if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else jnp.float32
+    kept = [1 if i in reduced else n for i, n in enumerate(shape)]
+    row = jnp.broadcast_to(wave, kept).astype(dtype)
+    sharding = getattr(leaf, "sharding", None)
+    if isinstance(sharding, NamedSharding) and _is_explicit(sharding):
+        return place_like(row, leaf)
+    return place_along(row, leaf, reduced)
+
+
+def _matrix_shape(leaf: Any, flatten: bool) -> tuple[int, ...] | None:
+    shape = shape_of(leaf)
+    if len(shape) < 2:
+        return None
+    return (math.prod(shape[:-1]), shape[-1]) if flatten else shape
+
+
+def _matrix(x: Array, flatten: bool) -> Array | None:
+    """A leaf as a matrix or a batch of them; None if it is none. Whole on each device of the mesh."""
+    shape = _matrix_shape(x, flatten)
+    if shape is None or x.size == 0:
+        return None
+    if _is_explicit(jax.typeof(x).sharding):
+        x = jax.sharding.reshard(x, jax.typeof(x).sharding.update(spec=PartitionSpec()))
+    return x.reshape(shape)
+
+
+def _rebuilt(layout: Layout, matrices: list[Array | None]) -> optax.Params:
+    leaves = []
+    for x, y in zip(layout.measured, matrices, strict=True):
+        if y is not None:
+            y = y.reshape(x.shape)
+            if _is_explicit(jax.typeof(x).sharding):
+                y = jax.sharding.reshard(y, jax.typeof(x).sharding)
+        leaves.append(x if y is None else y)
+    tree: optax.Params = layout.rebuild(leaves)
+    return tree
+
+
+def _is_explicit(sharding: NamedSharding) -> bool:
+    return AxisType.Explicit in sharding.mesh.axis_types
+
+
+_product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
+def _spectrum(x: Array) -> tuple[Array, Array]:
+    """The singular values, and as columns the vectors of the shorter side: those of the Gram matrix."""
+    unit = power_of_two(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True))
+    y = scale(x, 1 / unit)
+    other = jnp.conj(jnp.matrix_transpose(y))
+    gram = _product(y, other) if _is_wide(x) else _product(other, y)
+    values, vectors = jnp.linalg.eigh(gram)
+    return jnp.sqrt(jnp.maximum(values, 0)) * unit[..., 0], vectors
+
+
+def _is_wide(x: Array) -> bool:
+    return x.shape[-2] < x.shape[-1]
+
+
+def _cap(x: Array, radius: Array) -> Array:
+    """``U min(s, r) V^H``, landing a few eps inside."""
+    dtype = accumulator([x])
+    eps, radius = float(jnp.finfo(x.dtype).eps), radius.astype(dtype)
+    tells = 16 * float(jnp.finfo(dtype).eps)  # what the decomposition cannot tell, relatively
+    peak = jnp.max(jnp.abs(widen(x, dtype)), axis=(-2, -1))
+    aim = jnp.maximum(radius * (1 - 2 * eps - tells) - peak * (eps / 4), 0)[..., None]
+
+    def once(y: Array) -> tuple[Array, Array]:
+        values, vectors = _spectrum(lax.stop_gradient(y))
+        factors = jnp.where(values > aim, aim / jnp.where(values > 0, values, 1), 1)
+        rows = vectors * factors[..., None, :].astype(vectors.dtype)
+        change = _product(rows, jnp.conj(jnp.matrix_transpose(vectors)))
+        return _product(change, y) if _is_wide(y) else _product(y, change), values
+
+    capped, values = once(widen(x, dtype))
+    top = jnp.max(values, axis=-1)
+    # A Gram matrix squares the values: of those far above the radius the first pass leaves an error.
+    capped = cond(jnp.any(top > 2 * radius), lambda: once(capped)[0], lambda: capped)
+    move = (top > radius * (1 - tells))[..., None, None]
+    return jnp.where(move, capped.astype(x.dtype), x)
+
+
+def _scaled(x: Array, radius: Array, vector: Array, iterations: int) -> tuple[Array, Array]:
+    """``x * min(1, r / s)`` with ``s`` from power iteration, and the vector to go on from."""
+    dtype = accumulator([x])
+    wide = widen(x, dtype)
+    unit = power_of_two(jnp.max(jnp.abs(wide), axis=(-2, -1), keepdims=True))
+    y = lax.stop_gradient(scale(wide, 1 / unit))
+
+    def iterate(_: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        left = _product(y, carry[0][..., None])
+        right = _product(jnp.conj(jnp.matrix_transpose(y)), _unit(left, axes=(-2, -1)))[..., 0]
+        return _unit(right, axes=(-1,)), jnp.sqrt(jnp.sum(jnp.abs(right) ** 2, axis=-1))
+
+    start = vector.reshape(*y.shape[:-2], y.shape[-1]).astype(y.dtype)
+    new, sigma = lax.fori_loop(0, iterations, iterate, (start, jnp.zeros(start.shape[:-1], dtype)))
+    known = jnp.isfinite(sigma) & (sigma > 0)
+    _, inside = margins(x.shape[-2] * x.shape[-1], dtype)
+    goal = radius.astype(dtype) * (1 - inside) / unit[..., 0, 0]
+    over = known & (sigma > goal)
+    factor = jnp.where(over, goal, 1) / jnp.where(over, sigma, 1)
+    product = scale(wide, factor[..., None, None])
+    kept = jnp.where(known[..., None], new, start).astype(vector.dtype)
+    scaled = jnp.where(over[..., None, None], shorten(product, x.dtype), x)
+    return scaled, kept.reshape(vector.shape)
+
+
+def _unit(x: Array, *, axes: tuple[int, ...]) -> Array:
+    length = jnp.sqrt(jnp.sum(jnp.abs(x) ** 2, axis=axes, keepdims=True))
+    return x / jnp.where(length > 0, length, 1).astype(x.dtype)
