@@ -1,0 +1,116 @@
+"""Time and error of the projections, beside those of Optax.
+
+Ratios of medians: each pair runs in turn, A B A B, in one process. Errors are the largest of an entry,
+relative to the radius, against float64 NumPy.
+"""
+
+import argparse
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import optax_clip
+
+
+def exact_simplex(x: np.ndarray, total: float) -> np.ndarray:
+    """The nearest point of the simplex in float64, by sorting."""
+    x = x - np.max(x)
+    ordered = np.sort(x)[::-1]
+    thetas = (np.cumsum(ordered) - total) / np.arange(1, x.size + 1)
+    theta = thetas[np.nonzero(ordered > thetas)[0].max()]
+    return np.maximum(x - theta, 0)
+
+
+def exact_l1(x: np.ndarray, radius: float) -> np.ndarray:
+    return np.sign(x) * exact_simplex(np.abs(x), radius) if np.abs(x).sum() > radius else x
+
+
+def exact_spectral(x: np.ndarray, radius: float) -> np.ndarray:
+    u, s, v = np.linalg.svd(x, full_matrices=False)
+    return (u * np.minimum(s, radius)) @ v
+
+
+def svd(x: jax.Array, radius: float) -> jax.Array:
+    u, s, v = jnp.linalg.svd(x, full_matrices=False)
+    return (u * jnp.minimum(s, radius)) @ v
+
+
+def medians(functions: list[Callable[[Any], Any]], x: Any, repeats: int) -> list[float]:
+    """The median seconds of each function, jitted, run in turn, after one run to compile."""
+    x, compiled = jnp.asarray(x), [jax.jit(function) for function in functions]
+    for function in compiled:
+        jax.block_until_ready(function(x))
+    seconds: list[list[float]] = [[] for _ in functions]
+    for _ in range(repeats):
+        for function, spent in zip(compiled, seconds, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(function(x))
+            spent.append(time.perf_counter() - start)
+    return [float(np.median(spent)) for spent in seconds]
+
+
+def row(name: str, pair: tuple[Any, Any], exact: Any, x: np.ndarray, radius: float, repeats: int) -> str:
+    ours, theirs = medians(list(pair), x, repeats)
+    wanted = exact(x.astype(np.float64), radius)
+    errors = [np.abs(np.asarray(jax.jit(f)(x), np.float64) - wanted).max() / radius for f in pair]
+    times = f"{ours * 1e3:9.1f}{theirs * 1e3:9.1f}{theirs / ours:7.1f}"
+    return f"{name:32}{times}{errors[0]:11.1e}{errors[1]:9.1e}"
+
+
+def projection(constraint: optax_clip.Constraint) -> Callable[[Any], Any]:
+    return lambda x: optax_clip.project(x, constraint)
+
+
+def power_step(x: Any, radius: float) -> Callable[[Any], Any]:
+    """One update of the cheap form, whose state goes from step to step."""
+    tx = optax_clip.project_weights(optax_clip.spectral_ball(radius, power_iterations=1))
+    state = tx.init(jnp.asarray(x))
+    return lambda x: tx.update(x, state, x)[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m benchmarks.projections", description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help="small arrays, to see that it runs")
+    run(smoke=parser.parse_args().smoke)
+
+
+def run(*, smoke: bool) -> None:
+    n, side, repeats = (4_000, 16, 1) if smoke else (4_000_000, 512, 5)
+    rng = np.random.default_rng(0)
+    normal = rng.normal(size=n).astype(np.float32)
+    matrices = {
+        f"{side} x {side}": rng.normal(size=(side, side)).astype(np.float32),
+        f"{side // 2} x {8 * side}": rng.normal(size=(side // 2, 8 * side)).astype(np.float32),
+    }
+    print(
+        f"Projections: {n:,} float32 entries against optax.projections, matrices against jnp.linalg.svd"
+    )
+    print(f"{'':32}{'ours, ms':>9}{'theirs':>9}{'ratio':>7}{'our error':>11}{'theirs':>9}")
+    for radius in (1.0, 100.0, n / 40):
+        theirs = functools.partial(optax.projections.projection_l1_ball, scale=radius)
+        pair = projection(optax_clip.norm_ball(radius, ord=1)), theirs
+        print(row(f"L1 ball, radius {radius:g}", pair, exact_l1, normal, radius, repeats))
+    for total, offset in ((1.0, 0.0), (100.0, 0.0), (1.0, 1e4)):
+        theirs = functools.partial(optax.projections.projection_simplex, scale=total)
+        pair = projection(optax_clip.simplex(total)), theirs
+        x = normal + np.float32(offset)
+        print(row(f"simplex {total:g}, entries near {offset:g}", pair, exact_simplex, x, total, repeats))
+    for name, x in matrices.items():
+        for factor in (1.2, 30.0):
+            radius = float(np.linalg.norm(x, 2)) / factor
+            pair = projection(optax_clip.spectral_ball(radius)), functools.partial(svd, radius=radius)
+            label = f"spectral, {name}, {factor:g} r"
+            print(row(label, pair, exact_spectral, x, radius, repeats))
+        first, second = medians([power_step(x, radius), pair[0]], x, repeats)
+        label = "  one power iteration, exact"
+        print(f"{label:32}{first * 1e3:9.1f}{second * 1e3:9.1f}{second / first:7.1f}")
+
+
+if __name__ == "__main__":
+    main()
