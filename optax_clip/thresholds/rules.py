@@ -117,16 +117,16 @@ def window_quantile(q: ArrayLike, *, window: int | None = None, warmup: ArrayLik
         shifted = jnp.concatenate([state.norms[1:], norms[None]])
         last = jnp.where(told[None], shifted, state.norms)
         seen = increment(state.seen, told)
-        count = jnp.clip(seen, 1, size)
-        # The fraction of the position (count - 1) q keeps its precision apart from the whole part.
-        whole = jnp.floor((count - 1).astype(jnp.float32) * _f32(coarse))
-        rest = (count - 1).astype(jnp.float32) * _f32(coarse) - whole
-        rest = rest + (count - 1).astype(jnp.float32) * _f32(fine)
+        newest = jnp.clip(seen, 1, size) - 1
+        # The position newest * q, its fraction apart from the whole part, so that it keeps its bits.
+        steps = newest.astype(jnp.float32)
+        whole = jnp.floor(steps * _f32(coarse))
+        rest = steps * _f32(coarse) - whole + steps * _f32(fine)
         below = jnp.clip(whole + jnp.floor(rest), 0).astype(jnp.int32)
         share = rest - jnp.floor(rest)
         ordered = jnp.sort(last, axis=0)
         low, high = (
-            jnp.take_along_axis(ordered, jnp.minimum(i, count - 1)[None], axis=0)[0]
+            jnp.take_along_axis(ordered, jnp.minimum(i, newest)[None], axis=0)[0]
             for i in (below, below + 1)
         )
         limits = jnp.where(share > 0, low + (high - low) * share, low)
