@@ -15,6 +15,7 @@ from optax_clip.clipping import clip_tree as clip_tree
 from optax_clip.clipping import normalize_by_norm as normalize_by_norm
 from optax_clip.norms import global_norm as global_norm
 from optax_clip.norms import tree_norms as tree_norms
+from optax_clip.projection import mask_outward as mask_outward
 from optax_clip.projection import project as project
 from optax_clip.projection import project_weights as project_weights
 from optax_clip.projection import violation as violation
@@ -51,6 +52,7 @@ __all__ = [
     "ema_ratio",
     "global_norm",
     "init_box",
+    "mask_outward",
     "metrics",
     "non_negative",
     "norm_ball",

@@ -21,7 +21,7 @@ from optax_clip._trees import Layout, path_string, place_like
 from optax_clip.norms import global_norm
 from optax_clip.sets.constraint import Constraint, Memory, as_constraint, remembering
 
-__all__ = ["project", "project_weights", "violation", "where"]
+__all__ = ["mask_outward", "project", "project_weights", "violation", "where"]
 
 ConstraintLike = Constraint | Callable[[optax.Params], optax.Params]
 
@@ -161,6 +161,79 @@ def project_weights(
         done, kept = cond(due, projected, untouched)
         gauges = {f"{name}/distance": done.distance, f"{name}/fraction": done.fraction}
         return done.updates, ProjectState(gauges | {f"{name}/steps": steps}, kept)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def mask_outward(
+    constraint: Constraint, *, name: str = "outward"
+) -> optax.GradientTransformationExtraArgs:
+    r"""Take out the gradient of weights that sit at a bound and would be pushed further out.
+
+    First in a chain that ends with `project_weights` on the same box. Without it momentum winds up while
+    a weight is held at its bound, and holds it there after the gradient has turned.
+
+    .. math:: g_i \leftarrow 0 \;\text{ where } P(w_i - \infty\, \mathrm{sign}(g_i)) = w_i
+
+    Args:
+        constraint: `box`, `non_negative`, or `norm_ball` with ``ord=math.inf``. Under
+            `optax.inject_hyperparams` name it in ``static_args``.
+        name: prefix of the metrics.
+
+    Returns:
+        A transform whose update needs ``params``. A weight within 4 eps of its bound counts as at it.
+        All other entries keep their bits. Metrics: ``fraction``, the share of entries taken out, and
+        ``steps``.
+
+    Raises:
+        TypeError: if the constraint is not a set that bounds each entry on its own.
+        ValueError: if the update is called without ``params``.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from optax_clip import box, mask_outward
+        >>> tx = mask_outward(box(-1.0, 1.0))
+        >>> params = jnp.array([1.0, 1.0, 0.5])
+        >>> gradient = jnp.array([-2.0, 2.0, -2.0])
+        >>> print(tx.update(gradient, tx.init(params), params)[0])
+        [ 0.  2. -2.]
+
+        The first would grow beyond 1; the second comes back from its bound.
+    """
+    if not isinstance(constraint, Constraint) or not constraint.entrywise:
+        raise TypeError(f"Expected constraint to be a box, got constraint={constraint!r}.")
+    _validate.label(name=name)
+
+    def init(params: optax.Params) -> ProjectState:
+        recorded = {
+            f"{name}/fraction": jnp.zeros((), jnp.float32),
+            f"{name}/steps": jnp.zeros((), jnp.int32),
+        }
+        return ProjectState(place_like(recorded, params), ())
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, ProjectState]:
+        del extra
+        if params is None:
+            raise ValueError("Expected params in update of mask_outward, got params=None.")
+        layout = Layout.of(updates, "leaf")
+        weights = layout._replace(leaves=layout.treedef.flatten_up_to(params)).measured
+        ends = [
+            jnp.where(g == 0, p, -jnp.sign(g).astype(p.dtype) * jnp.inf)
+            for g, p in zip(layout.measured, weights, strict=True)
+        ]
+        bounds = Layout.of(constraint(layout.rebuild(ends, other=lambda _: None)), "leaf").measured
+        held = [
+            (g != 0) & (jnp.abs(b - p) <= 4 * float(jnp.finfo(p.dtype).eps) * jnp.abs(p))
+            for g, p, b in zip(layout.measured, weights, bounds, strict=True)
+        ]
+        kept = [jnp.where(h, 0, g) for h, g in zip(held, layout.measured, strict=True)]
+        recorded = {
+            f"{name}/fraction": share(held),
+            f"{name}/steps": increment(state.recorded[f"{name}/steps"]),
+        }
+        return layout.rebuild(kept), ProjectState(recorded, ())
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -186,6 +186,14 @@ ROWS = (
     weights("spectral_ball", oc.spectral_ball, at=1.0, constant_limit=False),
     weights("spectral_ball, power", oc.spectral_ball(1.0, power_iterations=2), constant_limit=False),
     weights("init_box", oc.init_box, at=2.0, elementwise=True, only_outside=False, abstract=False),
+    Row(
+        "mask_outward",
+        oc.mask_outward,
+        {"constraint": oc.box(-0.5, 0.25)},
+        static_args=("constraint",),
+        needs_params=True,
+        elementwise=True,
+    ),
     weights("optax.projections", optax.projections.projection_l2_ball, promotion="standard"),
 )
 

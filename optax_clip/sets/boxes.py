@@ -72,7 +72,9 @@ def box(lower: Setting, upper: Setting) -> Constraint:
 
     both = {"lower": lower, "upper": upper}
     return Constraint(
-        leafwise(nearest, **both), lambda params: largest(leafwise(excess, **both)(params))
+        leafwise(nearest, **both),
+        lambda params: largest(leafwise(excess, **both)(params)),
+        entrywise=True,
     )
 
 

@@ -45,6 +45,7 @@ class Constraint(NamedTuple):
         excess: ``params -> scalar``, how far outside; 0 inside.
         shrinks: whether the set stays a set when entries shrink towards 0.
         memory: for a set that remembers, such as `init_box`; `project_weights` then keeps it.
+        entrywise: whether each entry is bounded on its own, as in a box.
 
     Examples:
         Weights on multiples of 1/8:
@@ -63,6 +64,7 @@ class Constraint(NamedTuple):
     excess: Callable[[optax.Params], Array]
     shrinks: bool = False
     memory: Memory | None = None
+    entrywise: bool = False
 
     def __call__(self, params: optax.Params) -> optax.Params:
         """The projection, so that a set is itself a callable ``params -> params``."""
