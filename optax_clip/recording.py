@@ -20,8 +20,9 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
     Returns:
         Scalars by name, ready for any logger: ``{name}/norm_before``, ``norm_after``, ``threshold``
         and ``fraction`` (float32) of the last step, the counters ``{name}/steps``, ``steps_clipped``
-        and ``steps_nonfinite`` (int32), and for `project_weights` ``{name}/distance``, ``fraction``
-        and ``steps``. Of two transforms with one name the later one is called ``name_1``, then
+        and ``steps_nonfinite`` (int32); for `skip_spikes` ``{name}/steps_skipped`` besides; for
+        `project_weights` ``{name}/distance``, ``fraction`` and ``steps``, for `mask_outward` the last
+        two. Of two transforms with one name the later one is called ``name_1``, then
         ``name_2``. Empty if there are none.
 
     Examples:
