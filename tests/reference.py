@@ -250,7 +250,7 @@ class Rule:
 
     ``step(norms, param_norms, total)`` returns the limits, shaped like ``norms``. ``state(name)``
     is one statistic as such an array. A norm that is not finite leaves the statistics untouched,
-    counters included; the limit given back for it has no meaning.
+    counters included; the limit given back for it has no meaning. No rule learns from a norm of 0.
     """
 
     def __init__(self):
@@ -282,6 +282,11 @@ class Rule:
         raise NotImplementedError
 
 
+def tells(n):
+    """Whether a norm is one to learn from: finite, and not 0."""
+    return math.isfinite(n) and n > 0
+
+
 class RelativeToParams(Rule):
     """limit = ratio * max(||w||, eps); with unit norms this is AGC (Brock et al. 2021)."""
 
@@ -294,9 +299,9 @@ class RelativeToParams(Rule):
 
 
 class WindowQuantile(Rule):
-    """limit = the q-quantile, linearly interpolated, of the last ``window`` finite norms.
+    """limit = the q-quantile, linearly interpolated, of the last ``window`` norms, this one included.
 
-    The present norm is one of them. During the first ``warmup`` norms: inf.
+    During the first ``warmup`` norms: inf.
     """
 
     def __init__(self, q, window=None, warmup=0):
@@ -307,7 +312,7 @@ class WindowQuantile(Rule):
         return SimpleNamespace(norms=[], seen=0)
 
     def limit(self, entry, n, weight, total):
-        if math.isfinite(n):
+        if tells(n):
             entry.norms = [*entry.norms, n][-self.window :]
             entry.seen += 1
         if not entry.norms or entry.seen <= self.warmup:
@@ -315,82 +320,116 @@ class WindowQuantile(Rule):
         return float(np.quantile(entry.norms, self.q, method="linear"))
 
 
+class RunningQuantile(Rule):
+    """C' = C exp(rate (q - 1[n <= C])), from the geometric mean of the first ``warmup`` norms on.
+
+    During these, of which there is at least one: inf. At the k-th norm over the limit in a row, where
+    k >= max(rearm, ln 1e-6 / ln(1 - q)), C' = n instead. At q = 0 that is never, at q = 1 k >= rearm.
+    """
+
+    def __init__(self, q, rate=0.01, warmup=10, rearm=50):
+        super().__init__()
+        self.q, self.rate, self.warmup = q, rate, max(warmup, 1)
+        with np.errstate(divide="ignore"):
+            self.patience = max(rearm, math.log(1e-6) / np.log1p(-np.float64(q)))
+
+    def first(self):
+        return SimpleNamespace(norms=[], level=None, streak=0)
+
+    def limit(self, entry, n, weight, total):
+        level = entry.level
+        if not tells(n):
+            return math.inf if level is None else level
+        if level is None:
+            entry.norms.append(n)
+            if len(entry.norms) == self.warmup:
+                entry.level = math.exp(np.mean(np.log(entry.norms)))
+            return math.inf
+        entry.streak = entry.streak + 1 if n > level else 0
+        entry.level = level * math.exp(self.rate * (self.q - (n <= level)))
+        if entry.streak >= self.patience:
+            entry.level, entry.streak = n, 0
+        return level
+
+
 class ZScore(Rule):
-    """ZClip (Kumar et al. 2025), without re-arming.
+    """ZClip (Kumar et al. 2025), and re-arming.
 
     While fewer than ``warmup`` norms were seen: no limit. Then mean and population variance of
     those. After that z_t = (n - mean) / (std + 1e-6), and where z_t > z
 
-        limit = mean + z^2 / z_t * std,   x = limit,   else no limit (inf),   x = n,
+        limit = mean + z^2 / z_t * std,   x = limit,   else limit = mean + z (std + 1e-6),   x = n,
         mean' = a mean + (1 - a) x,   var' = a var + (1 - a) (x - mean')^2.
 
-    ``max_norm`` caps every limit and enters no statistic. Zeros that come before the first non-zero
-    norm are not counted (``leading_zeros="drop"``), or they are counted and keep the rule in its
-    warm-up as long as there is nothing else (``"keep"``).
+    Where ``rearm`` spikes came right before, x = n for a spike too. ``max_norm`` caps every limit
+    and enters no statistic.
     """
 
-    def __init__(self, z, decay=0.97, warmup=25, max_norm=None, leading_zeros="drop"):
+    def __init__(self, z, decay=0.97, warmup=25, max_norm=None, rearm=50):
         super().__init__()
-        self.z, self.decay, self.warmup = z, decay, max(warmup, 1)
+        self.z, self.decay, self.warmup, self.rearm = z, decay, max(warmup, 1), rearm
         self.cap = math.inf if max_norm is None else max_norm
-        self.drop = {"drop": True, "keep": False}[leading_zeros]
 
     def first(self):
-        return SimpleNamespace(norms=[], mean=None, var=None)
+        return SimpleNamespace(norms=[], mean=None, var=None, streak=0)
 
     def limit(self, entry, n, weight, total):
         if entry.mean is None:
-            if math.isfinite(n) and (n > 0 or any(entry.norms) or not self.drop):
+            if tells(n):
                 entry.norms.append(n)
-            if len(entry.norms) >= self.warmup and any(entry.norms):
+            if len(entry.norms) == self.warmup:
                 entry.mean = float(np.mean(entry.norms))
                 entry.var = float(np.mean((np.array(entry.norms) - entry.mean) ** 2))
             return self.cap
         std = math.sqrt(entry.var)
         score = (n - entry.mean) / (std + 1e-6)
-        limit = entry.mean + self.z**2 / score * std if score > self.z else math.inf
-        if math.isfinite(n):
-            x = min(n, limit)
+        spike = tells(n) and score > self.z
+        limit = entry.mean + (self.z**2 / score * std if spike else self.z * (std + 1e-6))
+        if tells(n):
+            x = limit if spike and entry.streak < self.rearm else n
+            entry.streak = entry.streak + 1 if spike else 0
             entry.mean = self.decay * entry.mean + (1 - self.decay) * x
             entry.var = self.decay * entry.var + (1 - self.decay) * (x - entry.mean) ** 2
         return min(limit, self.cap)
 
 
 class EmaRatio(Rule):
-    """AdaGC (Wang et al. 2025), without re-arming. Steps count from 1.
+    """AdaGC (Wang et al. 2025), and re-arming. Steps count from 1, those with a norm of 0 too.
 
     While step < warmup, or as long as an entry has seen only zeros:
 
-        limit = n * min(1, max_norm / total),   gamma' = min(gamma, clipped norm); first: that norm.
+        limit = n * max_norm / total, inf where total <= max_norm,
+        gamma' = min(gamma, clipped norm); first: that norm.
 
     After: limit = ratio * gamma, gamma' = b gamma + (1 - b) * clipped norm. The clipped norm is
-    min(n, limit); gamma takes in no zero.
+    min(n, limit); gamma takes in no zero. At the ``rearm``-th clipped norm in a row gamma' = n.
     """
 
-    def __init__(self, ratio, decay=0.98, warmup=100, max_norm=1.0):
+    def __init__(self, ratio, decay=0.98, warmup=100, max_norm=1.0, rearm=50):
         super().__init__()
-        self.ratio, self.decay, self.warmup, self.max_norm = ratio, decay, warmup, max_norm
+        self.ratio, self.decay, self.warmup = ratio, decay, warmup
+        self.max_norm, self.rearm = max_norm, rearm
 
     def first(self):
-        return SimpleNamespace(step=1, gamma=None)
+        return SimpleNamespace(step=0, gamma=None, streak=0)
 
     def limit(self, entry, n, weight, total):
+        entry.step += math.isfinite(n)
         warming = entry.step < self.warmup or entry.gamma is None
         if warming:
-            limit = n * (min(1.0, self.max_norm / total) if total > 0 else 1.0)
+            limit = n * self.max_norm / total if tells(n) and total > self.max_norm else math.inf
         else:
             limit = self.ratio * entry.gamma
-        if not math.isfinite(n):
-            return limit
-        entry.step += 1
         clipped = min(n, limit)
-        if clipped > 0:
-            if entry.gamma is None:
-                entry.gamma = clipped
-            elif warming:
-                entry.gamma = min(entry.gamma, clipped)
+        if tells(n) and clipped > 0:
+            over = not warming and n > limit
+            entry.streak = entry.streak + 1 if over else 0
+            if warming:
+                entry.gamma = clipped if entry.gamma is None else min(entry.gamma, clipped)
             else:
                 entry.gamma = self.decay * entry.gamma + (1 - self.decay) * clipped
+            if entry.streak >= self.rearm:
+                entry.gamma, entry.streak = n, 0
         return limit
 
 

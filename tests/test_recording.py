@@ -1,6 +1,7 @@
 """`metrics`: found at any depth, under the names and in the dtypes of the design."""
 
 import functools
+import inspect
 
 import chex
 import jax
@@ -19,6 +20,7 @@ from optax_clip import (
     norm_ball,
     normalize_by_norm,
     project_weights,
+    skip_spikes,
 )
 from registry import ROWS
 
@@ -28,6 +30,9 @@ KEYS = {
     "clip": {key: jnp.float32 for key in FLOATS} | {key: jnp.int32 for key in COUNTERS},
     "project": {"distance": jnp.float32, "fraction": jnp.float32, "steps": jnp.int32},
 }
+KEYS["skip"] = KEYS["clip"] | {"steps_skipped": jnp.int32}
+KEYS["normalize"] = KEYS["clip"]
+KEYS["outward"] = {"fraction": jnp.float32, "steps": jnp.int32}
 MOST = 2**31 - 1
 
 # Norm 5 against a limit of 2.5, so half of it is left.
@@ -66,9 +71,8 @@ def test_values_of_one_step():
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
 def test_names_and_dtypes(row):
-    kind = "project" if row.needs_params else "clip"
-    name = "normalize" if row.factory is normalize_by_norm else kind
-    wanted = {f"{name}/{key}": dtype for key, dtype in KEYS[kind].items()}
+    name = inspect.signature(row.factory).parameters["name"].default
+    wanted = {f"{name}/{key}": dtype for key, dtype in KEYS[name].items()}
     with jax.numpy_dtype_promotion(row.promotion):
         params = {"w": jnp.ones((2, 2))}
         tx = row.make()
@@ -88,6 +92,8 @@ def test_another_name():
         normalize_by_norm(1.0, name="inner/value"),
     ):
         assert metrics(tx.init(PARAMS)).keys() == expected_keys("inner/value")
+    tx = skip_spikes(optax.identity(), 1.0, name="guard")
+    assert metrics(tx.init(PARAMS)).keys() == expected_keys("guard", "skip")
     tx = project_weights(box(0.0, 1.0), name="bounds")
     assert metrics(tx.init(PARAMS)).keys() == expected_keys("bounds", "project")
 
@@ -120,6 +126,12 @@ def test_any_depth(wrap, standard_promotion):
     assert metrics(state).keys() == expected_keys("clip")
     assert (metrics(state)["clip/steps"], metrics(state)["clip/steps_clipped"]) == (1, 1)
     chex.assert_trees_all_equal(jax.jit(metrics)(state), metrics(state))
+
+
+def test_skip_spikes_and_what_it_guards():
+    tx = skip_spikes(optax.chain(clip_by_global_norm(2.5), optax.sgd(0.1)), 10.0)
+    _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS)
+    assert metrics(state).keys() == expected_keys("clip") | expected_keys("skip", "skip")
 
 
 def test_inside_jit_and_scan():

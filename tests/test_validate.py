@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,24 @@ import pytest
 
 from optax_clip import (
     ThresholdRule,
+    adagc,
+    adaptive_grad_clip,
+    autoclip,
     clip_by_global_norm,
     clip_by_norm,
+    clip_by_update_rms,
     clip_by_value,
     clip_tree,
+    ema_ratio,
     global_norm,
     normalize_by_norm,
+    relative_to_params,
+    running_quantile,
+    skip_spikes,
     tree_norms,
+    window_quantile,
+    zclip,
+    zscore,
 )
 
 TREE = {"w": jnp.ones((3, 2)), "b": jnp.ones(3)}
@@ -136,6 +148,127 @@ def test_a_given_norm_is_that_of_the_whole_tree():
 def test_rules_are_pairs_of_functions():
     with pytest.raises(TypeError, match="threshold=ThresholdRule"):
         clip_by_norm(ThresholdRule(None, None))
+
+
+@pytest.mark.parametrize("functions", [(None, max), (max, None), (3, "x")])
+@pytest.mark.parametrize(
+    "factory, name",
+    [
+        (clip_by_norm, "threshold"),
+        (clip_by_global_norm, "max_norm"),
+        (clip_by_update_rms, "max_rms"),
+        (functools.partial(skip_spikes, optax.identity()), "rule"),
+    ],
+)
+def test_a_rule_that_is_none(factory, name, functions):
+    with pytest.raises(TypeError, match=f"{name}=ThresholdRule") as error:
+        factory(ThresholdRule(*functions))
+    assert repr(functions[0]) in str(error.value)
+
+
+# --- Rules and named algorithms -------------------------------------------------------------------
+
+NOT_NUMBERS = [(math.nan, ValueError), ("0.5", TypeError), (None, TypeError), (True, TypeError)]
+BELOW_0 = [(-0.1, ValueError), (np.float32(-1), ValueError), *NOT_NUMBERS]
+NOT_COUNTS = [(-1, ValueError), (1.0, TypeError), ("3", TypeError), (True, TypeError)]
+SHARES = [(1.5, ValueError), (math.inf, ValueError), *BELOW_0]
+DECAYS = [(1.0, ValueError), (1, ValueError), (jnp.float32(1), ValueError), *BELOW_0]
+ARGUMENTS = [
+    (relative_to_params, {"ratio": BELOW_0, "eps": BELOW_0}),
+    (window_quantile, {"q": SHARES, "window": [(0, ValueError), *NOT_COUNTS], "warmup": NOT_COUNTS}),
+    (running_quantile, {"q": SHARES, "rate": BELOW_0, "warmup": NOT_COUNTS, "rearm": NOT_COUNTS}),
+    (running_quantile, {"rearm": [(0, ValueError)]}),
+    (zscore, {"z": BELOW_0, "decay": DECAYS, "warmup": NOT_COUNTS, "rearm": [(0, ValueError)]}),
+    (zscore, {"max_norm": [case for case in BELOW_0 if case[0] is not None]}),
+    (ema_ratio, {"ratio": BELOW_0, "decay": DECAYS, "warmup": NOT_COUNTS, "rearm": [(0, ValueError)]}),
+    (ema_ratio, {"max_norm": BELOW_0}),
+    (adaptive_grad_clip, {"ratio": BELOW_0, "eps": BELOW_0}),
+    (autoclip, {"percentile": [(100.5, ValueError), (-1, ValueError), *NOT_NUMBERS]}),
+    (autoclip, {"window": [(0, ValueError), *NOT_COUNTS]}),
+    (zclip, {"z": BELOW_0, "decay": DECAYS, "warmup": NOT_COUNTS, "max_norm": [(-1.0, ValueError)]}),
+    (adagc, {"ratio": BELOW_0, "decay": DECAYS, "warmup": NOT_COUNTS, "max_norm": BELOW_0}),
+    (clip_by_update_rms, {"max_rms": BELOW_0}),
+    (functools.partial(skip_spikes, optax.identity()), {"rule": BELOW_0}),
+    (
+        functools.partial(skip_spikes, optax.identity(), 1.0),
+        {"max_consecutive": [(0, ValueError), *NOT_COUNTS], "name": [("", TypeError), (3, TypeError)]},
+    ),
+]
+# The first argument, where it has no default.
+NEEDED = {
+    relative_to_params: {"ratio": 0.5},
+    window_quantile: {"q": 0.5},
+    running_quantile: {"q": 0.5},
+    zscore: {"z": 2.0},
+    ema_ratio: {"ratio": 1.05},
+}
+
+
+@pytest.mark.parametrize("factory, arguments", ARGUMENTS)
+def test_arguments_of_rules(factory, arguments):
+    for name, cases in arguments.items():
+        for value, error in cases:
+            with pytest.raises(error) as raised:
+                factory(**NEEDED.get(factory, {}) | {name: value})
+            assert re.search(rf"\b{name}=", str(raised.value)), raised.value
+            assert repr(value) in str(raised.value)
+
+
+def test_the_ends_of_the_ranges():
+    for q in (0, 1, 0.0, 1.0, np.float32(0.5), jnp.float32(0.5)):
+        window_quantile(q, window=1), running_quantile(q, rate=0, warmup=0, rearm=1)
+        autoclip(100 * q)
+    zscore(0, decay=0, warmup=0, max_norm=0, rearm=1)
+    ema_ratio(0, decay=0, warmup=0, max_norm=0, rearm=1)
+    relative_to_params(0, eps=0)
+    skip_spikes(optax.identity(), 0, max_consecutive=1)
+
+
+@pytest.mark.parametrize("factory", [relative_to_params, adaptive_grad_clip, zscore])
+def test_rules_read_well(factory):
+    name = "z" if factory is zscore else "ratio"
+    with pytest.raises(ValueError, match=rf"^Expected {name} >= 0, got {name}=-1\.0\.$"):
+        factory(-1.0)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        adaptive_grad_clip(),
+        clip_by_norm(relative_to_params(0.5)),
+        clip_by_norm(relative_to_params(0.5), scope="global"),
+        skip_spikes(optax.identity(), relative_to_params(0.5)),
+    ],
+)
+def test_rules_that_need_params(tx):
+    for step in (tx.update, jax.jit(tx.update)):
+        with pytest.raises(ValueError, match=r"relative_to_params.*params=None"):
+            step(TREE, tx.init(TREE))
+
+
+@pytest.mark.parametrize("factory", [window_quantile, autoclip])
+def test_a_window_may_not_be_traced(factory):
+    for make in (jax.jit(lambda n: factory(0.5, window=n)), lambda n: factory(0.5, window=jnp.int32(n))):
+        with pytest.raises(ValueError, match=r"window=.*static_args=\('window',\)"):
+            make(3)
+
+
+def test_a_window_under_inject_hyperparams():
+    make = optax.inject_hyperparams(autoclip)
+    with pytest.raises(ValueError, match=r"window=.*static_args=\('window',\)"):
+        make(10, window=3).init(TREE)
+    tx = optax.inject_hyperparams(autoclip, static_args=("window",))(10, window=3)
+    tx.update(TREE, tx.init(TREE))
+
+
+@pytest.mark.parametrize("value", [-1.0, 1.5, 200.0, math.nan])
+def test_traced_numbers_of_rules_do_not_raise(value):
+    def all_of_them(value):
+        for factory, arguments in ARGUMENTS:
+            for name in arguments.keys() - {"window", "warmup", "rearm", "max_consecutive", "name"}:
+                factory(**NEEDED.get(factory, {}) | {name: value})
+
+    jax.jit(all_of_them)(value)
 
 
 # --- Leaves that do not fit ----------------------------------------------------------------------
