@@ -43,7 +43,8 @@ def project(params: optax.Params, constraint: ConstraintLike) -> optax.Params:
         constraint: a set such as `box` or `norm_ball`, or any callable ``params -> params``.
 
     Returns:
-        The weights in the set, each leaf in its own dtype. What is inside comes back bit for bit.
+        The weights in the set, each leaf in its own dtype. What is inside, by more than its norm can
+        tell, comes back bit for bit.
 
     Raises:
         TypeError: if the constraint is neither a set nor callable.
@@ -104,8 +105,9 @@ def project_weights(
     Returns:
         A transform whose update needs ``params``. After `optax.apply_updates` has rounded, the weights
         are in the set: exactly for boxes, at most the radius in float64 for norm balls, within 4 eps
-        for spheres. A weight that was going to land inside keeps its update bit for bit, and updates
-        keep their dtype. Metrics: ``distance``, how far the projection moved the weights in the
+        for the others. A weight that was going to land inside keeps its update bit for bit, and updates
+        keep their dtype. Updates in a narrower dtype than the weights cannot reach every set from far
+        outside at once. Metrics: ``distance``, how far the projection moved the weights in the
         2-norm, ``fraction``, the share of entries that it moved, and ``steps``.
 
     Raises:

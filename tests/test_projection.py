@@ -1,5 +1,7 @@
 """Weights end in the set after `apply_updates` has rounded; what was inside keeps its update."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,62 +35,120 @@ def train_step(constraint, params, updates):
         return optax.apply_updates(params, updates), updates, optax_clip.metrics(state)
 
 
-def draw(start, params_dtype, updates_dtype, size=MILLION):
+JITTED_STEP = jax.jit(train_step, static_argnums=0)
+
+
+def draw(start, params_dtype, updates_dtype, size=MILLION, huge=False):
+    """Weights and updates; with ``huge`` a third of the latter is 300 times larger, a third enormous."""
     rng = np.random.default_rng(0)
     scale = {"inside": 0.03, "outside": 1.0}[start]
     params = np.clip(rng.normal(size=size) * scale, -3 * scale, 3 * scale)
     updates = rng.normal(size=size) * 0.1
+    if huge:
+        updates[::3] *= 300
+        updates[1::3] = np.sign(updates[1::3]) * float(jnp.finfo(updates_dtype).max) / 2
     return jnp.asarray(params, params_dtype), jnp.asarray(updates, updates_dtype)
 
 
-PAIRS = [(d, d) for d in DTYPES] + [(jnp.float32, jnp.bfloat16), (jnp.bfloat16, jnp.float32)]
+SAME = [(d, d) for d in DTYPES]
+# An update with fewer bits than the weights cannot reach every weight: it takes some steps to arrive.
+NARROW = (jnp.float32, jnp.bfloat16)
+PAIRS = [*SAME, NARROW, (jnp.bfloat16, jnp.float32)]
 EAGER_AND_JIT = pytest.mark.parametrize("wrap", [lambda f, **_: f, jax.jit], ids=["eager", "jit"])
+BY_NAME = {"ids": lambda d: jnp.dtype(d).name}
+
+BOXES = {
+    "box": (optax_clip.box(-0.1, 0.1), -0.1, 0.1),
+    "box without 0": (optax_clip.box(0.05, 0.1), 0.05, 0.1),
+    "non_negative": (optax_clip.non_negative(), 0, np.inf),
+    "ball of order inf": (optax_clip.norm_ball(0.1, ord=np.inf), -0.1, 0.1),
+}
 
 
-@EAGER_AND_JIT
 @pytest.mark.parametrize("start", ["inside", "outside"])
-@pytest.mark.parametrize(("p_dtype", "u_dtype"), PAIRS, ids=lambda d: jnp.dtype(d).name)
-@pytest.mark.parametrize(
-    ("constraint", "low", "high"),
-    [
-        (optax_clip.box(-0.1, 0.1), -0.1, 0.1),
-        (optax_clip.box(0.05, 0.1), 0.05, 0.1),
-        (optax_clip.non_negative(), 0, np.inf),
-        (optax_clip.norm_ball(0.1, ord=np.inf), -0.1, 0.1),
-    ],
-    ids=["box", "box without 0", "non_negative", "ball of order inf"],
-)
-def test_no_entry_of_a_million_lands_outside_a_box(constraint, low, high, p_dtype, u_dtype, start, wrap):
-    params, updates = draw(start, p_dtype, u_dtype)
-    landed, new, _ = wrap(train_step, static_argnums=0)(constraint, params, updates)
+@pytest.mark.parametrize(("p_dtype", "u_dtype"), PAIRS, **BY_NAME)
+@pytest.mark.parametrize("kind", BOXES)
+def test_no_entry_of_a_million_lands_outside_a_box(kind, p_dtype, u_dtype, start):
+    constraint, low, high = BOXES[kind]
+    params, updates = draw(start, p_dtype, u_dtype, huge=True)
+    landed, new, _ = JITTED_STEP(constraint, params, updates)
     assert landed.dtype == p_dtype and new.dtype == u_dtype
     assert np.sum((wide(landed) < low) | (wide(landed) > high)) == 0
     assert optax_clip.violation(landed, constraint) == 0
+    # Each of the update and the sum rounds once, and one step of the update goes inwards.
+    exact = np.clip(wide(JITTED_STEP(free, params, updates)[0]), low, high)
+    ulp = eps(u_dtype if (p_dtype, u_dtype) == NARROW else p_dtype)
+    reach = np.maximum(np.abs(exact), np.abs(wide(params)))
+    assert np.all(np.abs(wide(landed) - exact) <= 2 * ulp * reach)
 
 
-@EAGER_AND_JIT
+def free(params):
+    return params
+
+
+@pytest.mark.parametrize("kind", BOXES)
+def test_no_entry_lands_outside_a_box_without_jit(kind):
+    constraint, low, high = BOXES[kind]
+    for p_dtype, u_dtype in PAIRS:
+        params, updates = draw("outside", p_dtype, u_dtype, size=10_000, huge=True)
+        landed, _, _ = train_step(constraint, params, updates)
+        assert np.sum((wide(landed) < low) | (wide(landed) > high)) == 0
+
+
 @pytest.mark.parametrize("start", ["inside", "outside"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
-@pytest.mark.parametrize("radius", [0.9, 30.0])
-def test_a_ball_of_a_million_entries_holds_in_float64(radius, dtype, start, wrap):
-    params, updates = draw(start, dtype, dtype)
-    constraint = optax_clip.norm_ball(radius)
-    step = wrap(train_step, static_argnums=0)
-    landed, _, _ = step(constraint, params, updates)
-    assert np.linalg.norm(wide(landed)) <= radius
-    assert optax_clip.violation(landed, constraint) == 0
+@pytest.mark.parametrize("dtype", DTYPES, **BY_NAME)
+@pytest.mark.parametrize("bound", [1e-40, 1e-7])
+def test_bounds_among_the_subnormal_numbers_hold(bound, dtype, start):
+    params, updates = draw(start, dtype, dtype, huge=True)
+    if start == "inside":
+        params = (params.astype(jnp.float32) * np.float32(bound)).astype(dtype)
+    landed, _, _ = JITTED_STEP(optax_clip.box(-bound, bound), params, updates)
+    assert np.sum(np.abs(wide(landed)) > bound) == 0
+
+
+@pytest.mark.parametrize(("p_dtype", "u_dtype"), [*SAME, (jnp.bfloat16, jnp.float32)], **BY_NAME)
+@pytest.mark.parametrize("bounds", [(1.0, 1.0), (1.0, 1.01)], ids=str)
+def test_a_box_narrower_than_the_weights_can_tell_is_reached_in_two_steps(bounds, p_dtype, u_dtype):
+    params, updates = draw("outside", p_dtype, u_dtype, huge=True)
+    params = params * jnp.asarray(100, p_dtype)
+    for _ in range(2):
+        params, _, _ = JITTED_STEP(optax_clip.box(*bounds), params, updates)
+    assert np.sum((wide(params) < bounds[0]) | (wide(params) > bounds[1])) == 0
+
+
+@pytest.mark.parametrize("start", ["inside", "outside"])
+@pytest.mark.parametrize(("p_dtype", "u_dtype"), PAIRS, **BY_NAME)
+@pytest.mark.parametrize("radius", [0.9, 1000.0])
+@pytest.mark.parametrize("ord", [1, 2])
+def test_a_ball_of_a_million_entries_holds_in_float64(ord, radius, p_dtype, u_dtype, start):
+    params, updates = draw(start, p_dtype, u_dtype)
+    constraint = optax_clip.norm_ball(radius, ord=ord)
+    for _ in range(4 if (p_dtype, u_dtype) == NARROW else 1):
+        params, _, _ = JITTED_STEP(constraint, params, updates)
+    assert np.linalg.norm(wide(params), ord) <= radius
+    assert optax_clip.violation(params, constraint) == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, **BY_NAME)
+@pytest.mark.parametrize("ord", [1, 2])
+def test_a_ball_holds_without_jit_and_for_huge_updates(ord, dtype):
+    params, updates = draw("outside", dtype, dtype, size=10_000, huge=True)
+    landed, _, _ = train_step(optax_clip.norm_ball(0.9, ord=ord), params, updates)
+    assert np.linalg.norm(wide(landed), ord) <= 0.9
 
 
 @EAGER_AND_JIT
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
 @pytest.mark.parametrize(
-    "constraint", [optax_clip.box(-0.1, 0.1), optax_clip.norm_ball(500.0)], ids=["box", "ball"]
+    "constraint",
+    [optax_clip.box(-0.1, 0.1), optax_clip.norm_ball(500.0), optax_clip.norm_ball(5e5, ord=1)],
+    ids=["box", "ball", "ball of order 1"],
 )
 def test_what_lands_inside_keeps_its_update_bit_for_bit(constraint, dtype, wrap):
     params, updates = draw("inside", dtype, dtype)
     _, new, recorded = wrap(train_step, static_argnums=0)(constraint, params, updates)
-    free, _, _ = wrap(train_step, static_argnums=0)(lambda x: x, params, updates)
-    inside = np.abs(wide(free)) <= (0.1 if constraint.shrinks is False else np.inf)
+    reached, _, _ = wrap(train_step, static_argnums=0)(free, params, updates)
+    inside = np.abs(wide(reached)) <= (0.1 if constraint.shrinks is False else np.inf)
     plain = wrap(lambda u: optax.scale(-0.37).update(u, optax.EmptyState())[0])(updates)
     assert inside.mean() > 0.5
     np.testing.assert_array_equal(np.asarray(new)[inside], np.asarray(plain)[inside])
@@ -108,10 +168,17 @@ def test_training_on_the_sphere_stays_within_4_eps(dtype):
 SETS = {
     "box": (lambda s: optax_clip.box(-0.5, 0.25), {"lower": -0.5, "upper": 0.25}),
     "non_negative": (lambda s: optax_clip.non_negative(), {}),
+    "l1_ball": (lambda s: optax_clip.norm_ball(1.5, ord=1, scope=s), {"radius": 1.5}),
     "l2_ball": (lambda s: optax_clip.norm_ball(1.5, scope=s), {"radius": 1.5}),
     "linf_ball": (lambda s: optax_clip.norm_ball(0.5, ord=np.inf, scope=s), {"radius": 0.5}),
+    "shell": (lambda s: optax_clip.norm_shell(2.0, 2.5, scope=s), {"lower": 2.0, "upper": 2.5}),
     "sphere": (lambda s: optax_clip.norm_sphere(1.5, scope=s), {"radius": 1.5}),
+    "simplex": (lambda s: optax_clip.simplex(1.5, scope=s), {"total": 1.5}),
+    "spectral_ball": (lambda s: optax_clip.spectral_ball(1.5), {"radius": 1.5}),
 }
+WITHOUT_SCOPE = ("box", "non_negative", "spectral_ball")
+SCOPES = ["global", "leaf", "unit", 0, (0, -1)]
+CASES = [(kind, s) for kind in SETS for s in SCOPES if s == "leaf" or kind not in WITHOUT_SCOPE]
 
 
 def tree(dtype, scale=1.0):
@@ -123,60 +190,91 @@ def tree(dtype, scale=1.0):
     }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
-@pytest.mark.parametrize("scope", ["global", "leaf", "unit", 0, (0, -1)], ids=str)
-@pytest.mark.parametrize("kind", SETS)
-def test_projection_and_violation_match_the_oracle(kind, scope, dtype):
+def check_against_the_oracle(kind, scope, dtype):
     make, values = SETS[kind]
     params = tree(dtype)
     if scope == (0, -1):
         del params["bias"]  # it has one axis only
     expected = reference.project(params, kind, scope=scope, **values)
     projected = optax_clip.project(params, make(scope))
+    # The spectral ball aims 2 eps of the radius and a quarter of the largest entry's inside.
+    rtol, atol = (2, 20) if kind != "spectral_ball" else (4, 40)
     for name, x in params.items():
         assert projected[name].dtype == x.dtype
         np.testing.assert_allclose(
-            wide(projected[name]), expected[name], rtol=2 * eps(dtype), atol=20 * eps(jnp.float32)
+            wide(projected[name]),
+            expected[name],
+            rtol=rtol * eps(dtype),
+            atol=atol * min(eps(dtype), eps(jnp.float32)) + (kind == "spectral_ball") * 4 * eps(dtype),
         )
+    # The violation is a float32, formed in float64 for float64 weights.
     found = optax_clip.violation(params, make(scope))
     outside = reference.violation(params, kind, scope=scope, **values)
-    np.testing.assert_allclose(found, outside, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found, outside, rtol=8 * eps(jnp.float32), atol=8 * eps(jnp.float32))
+    inside = reference.violation(projected, kind, scope=scope, **values)
+    exact = kind not in ("simplex", "shell", "sphere")
+    assert inside <= (0 if exact and dtype != jnp.float64 else 1.5 * 4 * eps(dtype))
 
 
-@pytest.mark.parametrize("kind", SETS)
-def test_parity_with_optax_projections(kind):
+@pytest.mark.parametrize("dtype", DTYPES, **BY_NAME)
+@pytest.mark.parametrize(("kind", "scope"), CASES, ids=str)
+def test_projection_and_violation_match_the_oracle(kind, scope, dtype):
+    check_against_the_oracle(kind, scope, dtype)
+
+
+@pytest.mark.parametrize(("kind", "scope"), CASES, ids=str)
+def test_projection_and_violation_match_the_oracle_in_64_bits(kind, scope, x64):
+    check_against_the_oracle(kind, scope, jnp.float64)
+
+
+@pytest.mark.parametrize("scope", ["global", "leaf"])
+@pytest.mark.parametrize("kind", [kind for kind in SETS if kind not in ("shell", "spectral_ball")])
+def test_parity_with_optax_projections(kind, scope, standard_promotion):
     def fill(params, value):
         return jax.tree.map(lambda x: jnp.full_like(x, value), params)
 
-    params = tree(jnp.float32)
     theirs = {
         "box": lambda x: optax.projections.projection_box(x, fill(x, -0.5), fill(x, 0.25)),
         "non_negative": optax.projections.projection_non_negative,
+        "l1_ball": lambda x: optax.projections.projection_l1_ball(x, 1.5),
         "l2_ball": lambda x: optax.projections.projection_l2_ball(x, 1.5),
         "linf_ball": lambda x: optax.projections.projection_linf_ball(x, 0.5),
+        "simplex": lambda x: optax.projections.projection_simplex(x, 1.5),
         "sphere": lambda x: optax.projections.projection_l2_sphere(x, 1.5),
     }[kind]
-    projected = optax_clip.project(params, SETS[kind][0]("global"))
-    with jax.numpy_dtype_promotion("standard"):
-        expected = theirs(params)
+    params = tree(jnp.float32)
+    projected = optax_clip.project(params, SETS[kind][0](scope))
+    expected = theirs(params) if scope == "global" else {k: theirs(x) for k, x in params.items()}
     for name in params:
-        np.testing.assert_allclose(projected[name], expected[name], rtol=2e-6)
+        np.testing.assert_allclose(projected[name], expected[name], rtol=2e-6, atol=1e-6)
 
 
 floats = st.floats(-4, 4, width=32)
-vectors = arrays(np.float32, 5, elements=floats)
+vectors = arrays(np.float32, 6, elements=floats)
 
 
-@pytest.mark.parametrize("kind", ["box", "non_negative", "l2_ball", "linf_ball"])
+CONVEX = ["box", "non_negative", "l1_ball", "l2_ball", "linf_ball", "simplex", "spectral_ball"]
+
+
+@pytest.mark.parametrize("kind", CONVEX)
 @given(x=vectors, y=vectors)
 def test_invariants_of_the_convex_sets(kind, x, y):
-    constraint = SETS[kind][0]("leaf")
-    once = optax_clip.project(jnp.asarray(x), constraint)
-    assert optax_clip.violation(once, constraint) == 0  # in the set
-    np.testing.assert_array_equal(optax_clip.project(once, constraint), once)  # idempotent
+    project, violation = jitted(kind)
+    once = project(x)
+    tight = kind != "simplex"  # no float32 numbers may have the sum
+    assert violation(once) <= (0 if tight else 1.5 * 4 * eps(jnp.float32))  # in the set
+    np.testing.assert_allclose(project(once), once, rtol=0, atol=0 if tight else 1e-6)  # idempotent
     # Nearest point: <x - P(x), y - P(x)> <= 0 for every y in the set.
-    p, inside = wide(once), wide(optax_clip.project(jnp.asarray(y), constraint))
-    assert np.dot(wide(x) - p, inside - p) <= 1e-5 * (1 + np.dot(x, x))
+    p, inside = wide(once), wide(project(y))
+    assert np.sum((wide(x) - p) * (inside - p)) <= 1e-5 * (1 + np.sum(wide(x) ** 2))
+
+
+@functools.cache
+def jitted(kind):
+    constraint = SETS[kind][0]("leaf")
+    shape = (2, 3) if kind == "spectral_ball" else (6,)
+    project = jax.jit(lambda x: optax_clip.project(x.reshape(shape), constraint).ravel())
+    return project, jax.jit(lambda x: optax_clip.violation(x.reshape(shape), constraint))
 
 
 @given(x=vectors)

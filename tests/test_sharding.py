@@ -94,3 +94,20 @@ def test_the_careful_norm_is_global_too(mesh):
     clipped, norm = jax.jit(sharded)(x)
     np.testing.assert_allclose(clipped[:2], [0.6, 0.8], rtol=1e-6)
     np.testing.assert_allclose(norm, 5e30, rtol=1e-6)
+
+
+def test_whole_units_on_each_device_share_the_smallest_limit(mesh):
+    tx = optax_clip.adaptive_grad_clip(0.5, axis_name=())
+    kernel = jnp.arange(1.0, 17.0).reshape(2, 8)
+    state = tx.init(kernel)
+    step = lambda grads: optax_clip.metrics(tx.update(grads, state, kernel[:, :1] + 0 * grads)[1])  # noqa: E731
+    sharded = jax.shard_map(step, mesh=mesh, in_specs=P(None, "i"), out_specs=P())
+    found, alone = jax.jit(sharded)(kernel), step(kernel)
+    np.testing.assert_allclose(found["clip/threshold"], alone["clip/threshold"], rtol=1e-6)
+
+
+def test_a_part_of_a_matrix_has_no_singular_values(mesh):
+    project = lambda x: optax_clip.project(x, optax_clip.spectral_ball(1.0))  # noqa: E731
+    sharded = jax.shard_map(project, mesh=mesh, in_specs=P(None, "i"), out_specs=P(None, "i"))
+    with pytest.raises(ValueError, match="whole matrices"):
+        sharded(jnp.ones((4, 8)))

@@ -30,6 +30,9 @@ from optax_clip.sets.simplexes import l1_ball
 
 __all__ = ["norm_ball", "norm_shell", "norm_sphere"]
 
+# The least and the largest norm, each under the name that the user gave it by.
+Bounds = tuple[dict[str, Setting], dict[str, Setting]]
+
 
 def norm_ball(radius: Setting, *, ord: Ord = None, scope: Scope = "leaf") -> Constraint:
     r"""Each leaf, unit or other scope of bounded norm: max-norm regularisation.
@@ -76,8 +79,9 @@ def norm_ball(radius: Setting, *, ord: Ord = None, scope: Scope = "leaf") -> Con
     if ord == math.inf:
         bound = jax.tree.map(lambda r: jnp.maximum(r, 0) if isinstance(r, Array) else r, radius)
         return box(jax.tree.map(operator.neg, bound), bound)
-    nearest = l1_ball(radius, scope) if ord == 1 else _by_norm(0.0, radius, scope)
-    return Constraint(nearest, _norm_excess(0.0, radius, scope, ord), shrinks=True)
+    bounds: Bounds = {"lower": 0.0}, {"radius": radius}
+    nearest = l1_ball(radius, scope) if ord == 1 else _by_norm(scope, *bounds)
+    return Constraint(nearest, _norm_excess(scope, *bounds, ord), shrinks=True)
 
 
 def norm_sphere(radius: Setting = 1.0, *, scope: Scope = "leaf") -> Constraint:
@@ -110,7 +114,8 @@ def norm_sphere(radius: Setting = 1.0, *, scope: Scope = "leaf") -> Constraint:
     settings(functools.partial(_validate.at_least, 0), radius=radius)
     settings(_validate.finite, radius=radius)
     _validate.scope(scope)
-    return Constraint(_by_norm(radius, radius, scope), _norm_excess(radius, radius, scope))
+    bounds: Bounds = {"radius": radius}, {"radius": radius}
+    return Constraint(_by_norm(scope, *bounds, sphere=True), _norm_excess(scope, *bounds))
 
 
 def norm_shell(lower: Setting, upper: Setting, *, scope: Scope = "leaf") -> Constraint:
@@ -151,19 +156,21 @@ def norm_shell(lower: Setting, upper: Setting, *, scope: Scope = "leaf") -> Cons
     ordered(lower=lower, upper=upper)
     _validate.scope(scope)
 
-    return Constraint(_by_norm(lower, upper, scope), _norm_excess(lower, upper, scope))
+    bounds: Bounds = {"lower": lower}, {"upper": upper}
+    return Constraint(_by_norm(scope, *bounds), _norm_excess(scope, *bounds))
 
 
-def _by_norm(lower: Setting, upper: Setting, scope: Scope) -> Callable[[Any], Any]:
+def _by_norm(
+    scope: Scope, lower: dict[str, Setting], upper: dict[str, Setting], *, sphere: bool = False
+) -> Callable[[Any], Any]:
     """The projection that rescales each scope whose norm is outside [lower, upper]."""
-    sphere = lower is upper
 
     def nearest(params: optax.Params) -> optax.Params:
         layout = Layout.of(params, scope)
         norms = measure(layout, ord=None, axis_name=None)
         roots = [norm.root for norm in norms]
-        floors = per_scope(layout, roots, lower=lower)
-        ceilings = per_scope(layout, roots, upper=upper)
+        floors = per_scope(layout, roots, **lower)
+        ceilings = per_scope(layout, roots, **upper)
         sizes = scope_sizes(layout, mapped_axes(layout, None))
         columns = []
         for norm, low, high, n in zip(norms, floors, ceilings, sizes, strict=True):
@@ -199,14 +206,14 @@ def _move(x: Array, move: Array, over: Array, first: Array, second: Array, *, sp
 
 
 def _norm_excess(
-    lower: Setting, upper: Setting, scope: Scope, ord: Ord = None
+    scope: Scope, lower: dict[str, Setting], upper: dict[str, Setting], ord: Ord = None
 ) -> Callable[[Any], Array]:
     """How far the norms are outside [lower, upper]; a scope of zeros is not below."""
 
     def over_tree(params: optax.Params) -> Array:
         layout = Layout.of(params, scope)
         values = [norm.value for norm in measure(layout, ord=ord, axis_name=None)]
-        bounds = per_scope(layout, values, lower=lower), per_scope(layout, values, upper=upper)
+        bounds = per_scope(layout, values, **lower), per_scope(layout, values, **upper)
         outside = [
             jnp.maximum(jnp.where(norm > 0, low - norm, 0), norm - high)
             for norm, low, high in zip(values, *bounds, strict=True)

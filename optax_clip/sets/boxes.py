@@ -163,13 +163,13 @@ def init_box(kappa: ArrayLike) -> Constraint:
 
     def ends(params: optax.Params, bounds: tuple[Any, ...]) -> tuple[Layout, list[Array]]:
         layout = Layout.of(params, "leaf")
+        for i, x in zip(layout.places, layout.measured, strict=True):
+            require_real(layout.paths[i], x, of="box")
         pairs = zip(layout.measured, layout.places, strict=True)
         return layout, [round_down(bounds[i], x.dtype) for x, i in pairs]
 
     def nearest(params: optax.Params, bounds: tuple[Any, ...]) -> tuple[optax.Params, Any]:
         layout, highs = ends(params, bounds)
-        for i, x in zip(layout.places, layout.measured, strict=True):
-            require_real(layout.paths[i], x, of="box")
         clamped = [clamp(x, -high, high) for x, high in zip(layout.measured, highs, strict=True)]
         return layout.rebuild(clamped), bounds
 

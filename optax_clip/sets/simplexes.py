@@ -75,12 +75,14 @@ def simplex(total: Setting = 1.0, *, scope: Scope = "leaf") -> Constraint:
         layout = _real(Layout.of(params, scope))
         terms = _wide(layout)
         sums, lowest = _pool(layout, terms), _lowest(layout, terms)
+        highest = _pool(layout, terms, maximum=True)
         totals = per_scope(layout, sums, total=total)
         keeps = []
-        for got, low, wanted, n in zip(sums, lowest, totals, _sizes(layout), strict=True):
+        ends = zip(sums, lowest, highest, totals, _sizes(layout), strict=True)
+        for got, low, high, wanted, n in ends:
             margin, _ = margins(n, got.dtype)
             near = jnp.abs(got - wanted) <= wanted * margin
-            keeps.append(near & (low >= 0) | ~jnp.isfinite(got))
+            keeps.append(near & (low >= 0) | ~jnp.isfinite(low) | ~jnp.isfinite(high))
         new = []
         for x, y, keep in zip(
             layout.measured, _cut(layout, terms, totals), shares(layout, keeps), strict=True
@@ -93,6 +95,8 @@ def simplex(total: Setting = 1.0, *, scope: Scope = "leaf") -> Constraint:
     def excess(params: optax.Params) -> Array:
         layout = _real(Layout.of(params, scope))
         terms = _wide(layout)
+        if not terms:
+            return jnp.float32(0)
         sums, lowest = _pool(layout, terms), _lowest(layout, terms)
         totals = per_scope(layout, sums, total=total)
         outside = [
@@ -160,14 +164,16 @@ def _cut(layout: Layout, terms: list[Array], totals: list[Array]) -> list[Array]
         ]
         return [theta + move for theta, move in zip(thetas, moves, strict=True)], counts
 
-    def more(carry: tuple[Any, Any, Array]) -> Array:
-        return carry[2]
+    def newton(thetas: list[Array], depths: list[Array]) -> list[Array]:
+        def body(carry: tuple[Any, Any, Array]) -> tuple[Any, Any, Array]:
+            thetas, last, _ = carry
+            new, counts = step(thetas, depths, goals)
+            fewer = [jnp.any(c < n) for c, n in zip(counts, last, strict=True)]
+            return new, counts, _anywhere(fewer)
 
-    def body(carry: tuple[Any, Any, Array]) -> tuple[Any, Any, Array]:
-        thetas, last, _ = carry
-        new, counts = step(thetas, fixed, goals)
-        fewer = [jnp.any(c < n) for c, n in zip(counts, last, strict=True)]
-        return new, counts, _anywhere(fewer)
+        start = (*step(thetas, depths, goals), jnp.array(True))
+        new: list[Array] = lax.while_loop(lambda carry: carry[2], body, start)[0]
+        return new
 
     sizes = [
         jnp.broadcast_to(jnp.asarray(n, p.dtype), p.shape)
@@ -177,13 +183,13 @@ def _cut(layout: Layout, terms: list[Array], totals: list[Array]) -> list[Array]
         jnp.maximum(-goal, (got - goal) / jnp.maximum(n, 1))
         for got, goal, n in zip(_pool(layout, fixed), goals, sizes, strict=True)
     ]
-    thetas, counts = step(starts, fixed, goals)
-    thetas, _, _ = lax.while_loop(more, body, (thetas, counts, jnp.array(True)))
-    thetas, _ = step(thetas, depths, totals)
-    cut = [jnp.maximum(d - theta, 0) for d, theta in zip(depths, shares(layout, thetas), strict=True)]
-    sums = _pool(layout, cut)
-    factors = [total / jnp.where(got > 0, got, 1) for got, total in zip(sums, totals, strict=True)]
-    return [y * factor for y, factor in zip(cut, shares(layout, factors), strict=True)]
+    thetas = newton(starts, fixed)
+    # A rounding of θ would count for each of the entries above it: once more, from θ as origin.
+    depths = [d - theta for d, theta in zip(depths, shares(layout, thetas), strict=True)]
+    fixed = [lax.stop_gradient(d) for d in depths]
+    below, _ = step([jnp.zeros_like(theta) for theta in thetas], fixed, goals)
+    thetas, _ = step(newton(below, fixed), depths, totals)
+    return [jnp.maximum(d - theta, 0) for d, theta in zip(depths, shares(layout, thetas), strict=True)]
 
 
 def _pool(layout: Layout, terms: list[Array], *, maximum: bool = False) -> list[Array]:

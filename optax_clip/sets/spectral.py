@@ -11,7 +11,17 @@ from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_clip import _validate
-from optax_clip._numerics import accumulator, as_dtype, cond, power_of_two, scale, shorten, widen
+from optax_clip._numerics import (
+    accumulator,
+    as_dtype,
+    as_if,
+    cond,
+    power_of_two,
+    scale,
+    shorten,
+    varying_axes,
+    widen,
+)
 from optax_clip._trees import Layout, is_inexact, place_along, place_like, shape_of
 from optax_clip.sets.constraint import Constraint, Memory, Setting, largest, margins, settings, spread
 
@@ -25,7 +35,7 @@ def spectral_ball(
 
     .. math:: P(W) = U \min(\Sigma, r) V^\top \quad \text{for } W = U \Sigma V^\top
 
-    by an eigendecomposition of the smaller Gram matrix: for an m x n matrix, m >= n, about ``m n^2``
+    by eigendecompositions of the smaller Gram matrix: for an m x n matrix, m >= n, about ``m n^2``
     products for the Gram matrix, as many for the result, and some ``10 n^3`` between. That is the
     nearest point. The cheap form with ``power_iterations=k`` scales the whole matrix, for ``2 k m n``
     products:
@@ -46,7 +56,9 @@ def spectral_ball(
         axes are the matrix and those before them a batch: stacked layers, experts. A convolution kernel
         is then bounded tap by tap, or as a whole with ``flatten=True``; neither is the norm of the
         convolution itself. Leaves of rank below 2 are left as they are, and so are matrices with an inf
-        or NaN entry. The nearest point lands within 4 eps of the radius, the eps of the leaf's dtype.
+        or NaN entry. From near the ball the nearest point lands within 4 eps of the radius, the eps of
+        the leaf's dtype; 16-bit weights from far outside are there after the second step. Float32
+        tells the nearest point to 1e-4 of the radius up to some 100 times outside.
         The cheap form finds σ from below, so weights approach the ball over some steps rather than
         land in it; from `project`, which remembers no vector, it takes 30 iterations more. Derivatives
         take the singular vectors as constants.
@@ -67,6 +79,8 @@ def spectral_ball(
         https://arxiv.org/abs/1802.05957
     """
     settings(functools.partial(_validate.at_least, 0), radius=radius)
+    if not isinstance(flatten, bool):
+        raise TypeError(f"Expected flatten to be True or False, got flatten={flatten!r}.")
 
     def matrices(params: optax.Params) -> tuple[Layout, list[Array], list[Array | None]]:
         layout = Layout.of(params, "leaf")
@@ -139,6 +153,11 @@ def _matrix(x: Array, flatten: bool) -> Array | None:
     shape = _matrix_shape(x, flatten)
     if shape is None or x.size == 0:
         return None
+    if names := varying_axes(x):
+        raise ValueError(
+            f"Expected whole matrices in a spectral_ball, got a leaf of shape {x.shape} that varies "
+            f"over the mesh axes {names}. Project outside of shard_map."
+        )
     if _is_explicit(jax.typeof(x).sharding):
         x = jax.sharding.reshard(x, jax.typeof(x).sharding.update(spec=PartitionSpec()))
     return x.reshape(shape)
@@ -183,7 +202,8 @@ def _cap(x: Array, radius: Array) -> Array:
     eps, radius = float(jnp.finfo(x.dtype).eps), radius.astype(dtype)
     tells = 16 * float(jnp.finfo(dtype).eps)  # what the decomposition cannot tell, relatively
     peak = jnp.max(jnp.abs(widen(x, dtype)), axis=(-2, -1))
-    aim = jnp.maximum(radius * (1 - 2 * eps - tells) - peak * (eps / 4), 0)[..., None]
+    # Far outside the rounding of the update outgrows the ball; half of it is enough to aim inside.
+    aim = jnp.maximum(radius * (1 - 2 * eps - 2 * tells) - peak * (eps / 4), radius / 2)[..., None]
 
     def once(y: Array) -> tuple[Array, Array]:
         values, vectors = _spectrum(lax.stop_gradient(y))
@@ -194,8 +214,19 @@ def _cap(x: Array, radius: Array) -> Array:
 
     capped, values = once(widen(x, dtype))
     top = jnp.max(values, axis=-1)
-    # A Gram matrix squares the values: of those far above the radius the first pass leaves an error.
-    capped = cond(jnp.any(top > 2 * radius), lambda: once(capped)[0], lambda: capped)
+
+    def again() -> Array:
+        # A Gram matrix squares the values: a pass from far outside does not end quite inside.
+        def body(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            y, values = once(carry[0])
+            return y, jnp.max(values, axis=-1)
+
+        start = lax.stop_gradient((capped, top))
+        return as_if(
+            lax.while_loop(lambda carry: jnp.any(carry[1] > 2 * radius), body, start)[0], capped
+        )
+
+    capped = cond(jnp.any(top > 2 * radius), again, lambda: capped)
     move = (top > radius * (1 - tells))[..., None, None]
     return jnp.where(move, capped.astype(x.dtype), x)
 
@@ -216,10 +247,11 @@ def _scaled(x: Array, radius: Array, vector: Array, iterations: int) -> tuple[Ar
     new, sigma = lax.fori_loop(0, iterations, iterate, (start, jnp.zeros(start.shape[:-1], dtype)))
     known = jnp.isfinite(sigma) & (sigma > 0)
     _, inside = margins(x.shape[-2] * x.shape[-1], dtype)
-    goal = radius.astype(dtype) * (1 - inside) / unit[..., 0, 0]
-    over = known & (sigma > goal)
-    factor = jnp.where(over, goal, 1) / jnp.where(over, sigma, 1)
-    product = scale(wide, factor[..., None, None])
+    goal = radius.astype(dtype) * (1 - inside)
+    over = known & (sigma > goal / unit[..., 0, 0])
+    first = jnp.where(over, 1 / unit[..., 0, 0], 1)
+    second = jnp.where(over, goal, 1) / jnp.where(over, sigma, 1)
+    product = scale(wide, first[..., None, None], second[..., None, None])
     kept = jnp.where(known[..., None], new, start).astype(vector.dtype)
     scaled = jnp.where(over[..., None, None], shorten(product, x.dtype), x)
     return scaled, kept.reshape(vector.shape)

@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from optax_clip import _validate
-from optax_clip._numerics import as_dtype
+from optax_clip._numerics import across_devices, as_dtype, varying_axes
 from optax_clip._records import increment
 from optax_clip._trees import Layout, place_along, place_like
 from optax_clip._validate import AxisName, Ord
@@ -164,7 +164,8 @@ def decide(
 
 
 def smallest(limits: Sequence[Array]) -> Array:
-    """The smallest limit in force, inf if there is no scope."""
+    """The smallest limit in force on any device, inf if there is no scope."""
     lowest = [jnp.min(x, initial=jnp.inf) for x in limits]
+    lowest = across_devices(lowest, [varying_axes(x) for x in lowest], lax.pmin)
     least: Array = functools.reduce(jnp.minimum, lowest, jnp.float32(jnp.inf))
     return least
