@@ -11,13 +11,16 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench notebooks doctest lint types format dev clean
+.PHONY: help demo sweep test bench notebooks doctest lint types format dev clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.demo  ## train a small model with and without bounds, draw demo.png
 	$(BIN)/python -m benchmarks.demo
+
+sweep: $(VENV)/.demo  ## train it under many thresholds and rules, draw sweep.png
+	$(BIN)/python -m benchmarks.sweep
 
 test: $(VENV)/.test  ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -46,7 +49,7 @@ dev: $(VENV)/.dev  ## install everything that a developer needs
 	@echo "Ready: . $(BIN)/activate"
 
 clean:  ## remove the environments and all that was built
-	rm -rf .venv .venv-* $(VENV) build dist demo.png
+	rm -rf .venv .venv-* $(VENV) build dist demo.png sweep.png
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

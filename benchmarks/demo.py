@@ -1,10 +1,10 @@
 """Train one small recurrent network with and without bounds, print a table and draw a figure.
 
 The learning rate is high enough that training without bounds blows up. The limit by value allows
-the same largest norm as the limit by norm.
+the same largest norm as the limit by norm. autoclip and zclip, with their default arguments, learn the
+limit from the norms that they see, here those of a run that blows up.
 """
 
-import argparse
 import math
 import time
 from dataclasses import dataclass
@@ -16,19 +16,28 @@ import numpy as np
 import optax
 from flax import nnx
 from matplotlib.axes import Axes
-from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 import optax_clip
-from benchmarks._charlm import RECURRENT, CharRNN, batches, load_text, train_step
+from benchmarks._charlm import (
+    MOMENTUM,
+    RATE,
+    RECURRENT,
+    TAIL,
+    CharRNN,
+    Run,
+    align,
+    arguments,
+    batches,
+    load_text,
+    train_step,
+)
 
-RATE, MOMENTUM = 1.0, 0.9
 MAX_NORM = 0.25  # of the gradient
 LIMIT = 0.0015  # of each entry: times the root of their number, 179, it is close to MAX_NORM
 RADIUS = 8.0  # of the recurrent matrix, which starts orthogonal, with a norm of sqrt(128) = 11.3
-TAIL = 20  # the final loss is the mean over that many last steps
 WINDOW = 50  # steps in the running share
 
 SGD = optax.sgd(RATE, momentum=MOMENTUM)
@@ -44,46 +53,25 @@ SETTINGS = {
     "nothing": optax.chain(MEASURE, SGD),
     f"by value {LIMIT:g}": optax.chain(optax_clip.clip_by_value(LIMIT), SGD),
     f"global norm {MAX_NORM:g}": optax.chain(CLIP, SGD),
+    "autoclip": optax.chain(optax_clip.autoclip(), SGD),
+    "zclip": optax.chain(optax_clip.zclip(), SGD),
     f"projection {RADIUS:g}": optax.chain(MEASURE, SGD, PROJECT),
     f"norm {MAX_NORM:g} + projection {RADIUS:g}": optax.chain(CLIP, SGD, PROJECT),
 }
-NOTHING, VALUE, NORM, PROJECTION, BOTH = SETTINGS
+NOTHING, VALUE, NORM, AUTO, Z, PROJECTION, BOTH = SETTINGS
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
-COLOURS = dict(zip(SETTINGS, ("#7f7f7f", "#E69F00", "#0072B2", "#CC79A7", "#009E73"), strict=True))
+PALETTE = ("#7f7f7f", "#E69F00", "#0072B2", "#D55E00", "#56B4E9", "#CC79A7", "#009E73")
+COLOURS = dict(zip(SETTINGS, PALETTE, strict=True))
 
 
 @dataclass(frozen=True)
-class Run:
-    """What one setting left behind: for each metric one number a step."""
-
-    log: dict[str, np.ndarray]
+class TimedRun(Run):
     seconds: float
-
-    @property
-    def diverged(self) -> int | None:
-        """The first step, counted from 1, whose loss is not finite."""
-        bad = np.flatnonzero(~np.isfinite(self.log["loss"]))
-        return int(bad[0]) + 1 if bad.size else None
-
-    @property
-    def final_loss(self) -> float:
-        return float(np.mean(self.log["loss"][-TAIL:]))
-
-    @property
-    def clipped(self) -> np.ndarray:
-        """1 for a step that was clipped, else 0."""
-        return np.diff(self.log["clip/steps_clipped"], prepend=0)
-
-    @property
-    def outcome(self) -> str:
-        if self.diverged is not None:
-            return f"diverged at step {self.diverged}"
-        return f"{self.final_loss:.4g}"
 
 
 def train(
     tx: optax.GradientTransformation, text: np.ndarray, vocab: int, steps: int, seed: int, bar: tqdm
-) -> Run:
+) -> TimedRun:
     """Train until the end, or until the loss is not finite."""
     began = time.perf_counter()
     model = CharRNN(vocab, rngs=nnx.Rngs(seed))
@@ -98,10 +86,10 @@ def train(
             break
     bar.update(steps - len(rows))
     log = {key: np.array([row[key] for row in rows]) for key in rows[0]}
-    return Run(log, time.perf_counter() - began)
+    return TimedRun(log, time.perf_counter() - began)
 
 
-def table(runs: dict[str, Run]) -> str:
+def table(runs: dict[str, TimedRun]) -> str:
     head = ("setting", "final loss", "largest norm", "clipped", "projected", "weight norm", "time")
     rows = [head]
     for name, run in runs.items():
@@ -110,17 +98,14 @@ def table(runs: dict[str, Run]) -> str:
             (
                 name,
                 run.outcome,
-                f"{np.fmax.reduce(run.log['clip/norm_before']):.3g}",
+                f"{run.largest_norm:.3g}",
                 f"{run.clipped.mean():.0%}",
                 "-" if projected is None else f"{np.mean(projected > 0):.0%}",
                 f"{np.fmax.reduce(run.log['recurrent']):.3g}",
                 f"{run.seconds:.1f} s",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    )
+    return align(rows)
 
 
 def running_mean(x: np.ndarray, window: int) -> np.ndarray:
@@ -128,7 +113,7 @@ def running_mean(x: np.ndarray, window: int) -> np.ndarray:
     return np.array([np.mean(x[max(0, end - window) : end]) for end in range(1, len(x) + 1)])
 
 
-def draw(runs: dict[str, Run], vocab: int, out: Path) -> None:
+def draw(runs: dict[str, TimedRun], vocab: int, out: Path) -> None:
     figure = Figure(figsize=(12, 4.6), dpi=130, layout="constrained")
     losses, norms, shares = figure.subplots(1, 3)
 
@@ -168,13 +153,13 @@ def draw(runs: dict[str, Run], vocab: int, out: Path) -> None:
         zorder=3,
         label=f"limit of the norm ({MAX_NORM:g})",
     )
-    for name in (NOTHING, NORM, BOTH):
+    for name in (NOTHING, AUTO, NORM, BOTH):
         plot(norms, name, runs[name].log["clip/norm_before"], linewidth=0.7)
 
     shares.set_title(f"Steps clipped\nshare of the last {WINDOW} steps", fontsize=11)
     shares.set_ylim(-3, 103)
     shares.set_ylabel("percent")
-    for name in (NORM, BOTH, VALUE):
+    for name in (Z, AUTO, NORM, BOTH, VALUE):
         dashes = (0, (4, 4)) if name == VALUE else "-"  # its line may lie on another
         plot(shares, name, 100 * running_mean(runs[name].clipped, WINDOW), linestyle=dashes)
 
@@ -187,53 +172,21 @@ def draw(runs: dict[str, Run], vocab: int, out: Path) -> None:
     figure.savefig(out)
 
 
-def sentence(runs: dict[str, Run], vocab: int) -> str:
+def sentence(runs: dict[str, TimedRun], vocab: int) -> str:
     """Say what to look at; every number is read from the runs."""
     loss = {name: run.outcome for name, run in runs.items()}
     weight = {name: np.fmax.reduce(run.log["recurrent"]) for name, run in runs.items()}
     return (
         f"What to see: the loss, {math.log(vocab):.3g} for a blind guess, ends at {loss[NOTHING]} "
         f"without bounds and at {loss[PROJECTION]} with bounded weights alone, but at {loss[VALUE]}, "
-        f"{loss[NORM]} and {loss[BOTH]} where the gradient is clipped, the last with a recurrent "
-        f"matrix of norm {weight[BOTH]:.3g} instead of {weight[NORM]:.3g}."
+        f"{loss[NORM]} and {loss[BOTH]} where the gradient is clipped at a fixed limit, the last with a "
+        f"recurrent matrix of norm {weight[BOTH]:.3g} instead of {weight[NORM]:.3g}. {AUTO} and {Z} end "
+        f"at {loss[AUTO]} and {loss[Z]}: their limits follow the norms, also those of a blow-up."
     )
-
-
-def positive_integer(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
-    return number
-
-
-def seed(text: str) -> int:
-    number = int(text)
-    if not 0 <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"expected 0 to 2**32 - 1, got {number}")
-    return number
-
-
-def picture(text: str) -> Path:
-    path = Path(text)
-    kinds = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix[1:] not in kinds or path.is_dir():
-        raise argparse.ArgumentTypeError(f"expected a name like demo.png, got {text!r}")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"the folder {str(path.parent)!r} does not exist")
-    return path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.demo",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--steps", type=positive_integer, default=1000, help="steps for each setting")
-    parser.add_argument("--seed", type=seed, default=0, help="seed of the weights and batches")
-    parser.add_argument("--out", type=picture, default="demo.png", help="where the figure goes")
-    args = parser.parse_args()
+    args = arguments("demo", __doc__, steps=1000, out="demo.png").parse_args()
 
     text, vocab = load_text()
     print(f"{len(text):,} characters of {vocab} kinds, {args.steps} steps for each setting")
