@@ -419,3 +419,11 @@ def test_code_of_the_page_runs():
 def test_the_table_of_the_page_is_what_the_program_prints():
     """If not: `python -m benchmarks.poison`."""
     assert poison.table() in PAGE
+
+
+@pytest.mark.parametrize("max_norm", [1.0, 1e-3])
+def test_adagc_clips_a_huge_first_gradient_in_its_direction(max_norm):
+    tx = adagc(max_norm=max_norm)
+    grads = jnp.array([6e37, 8e37])
+    updates, _ = tx.update(grads, tx.init(grads))
+    np.testing.assert_allclose(updates, [0.6 * max_norm, 0.8 * max_norm], rtol=1e-6)

@@ -171,7 +171,8 @@ def _cut(layout: Layout, terms: list[Array], totals: list[Array]) -> list[Array]
             fewer = [jnp.any(c < n) for c, n in zip(counts, last, strict=True)]
             return new, counts, _anywhere(fewer)
 
-        start = (*step(thetas, depths, goals), jnp.array(True))
+        all_of_them = [theta * 0 + jnp.inf for theta in thetas]
+        start = thetas, all_of_them, jnp.array(True)
         new: list[Array] = lax.while_loop(lambda carry: carry[2], body, start)[0]
         return new
 

@@ -377,7 +377,8 @@ def ema_ratio(
         warming = (seen < jnp.asarray(warmup)) | jnp.isinf(gamma)
         whole = jnp.broadcast_to(total, norms.shape)
         too_long = told & (whole > _f32(max_norm))
-        common = norms * jnp.where(too_long, jnp.maximum(_f32(max_norm), 0) / whole, jnp.inf)
+        # The share of the whole first: max_norm / whole may be too small for a float32.
+        common = jnp.maximum(_f32(max_norm), 0) * (norms / jnp.where(too_long, whole, 1))
         limits = jnp.where(warming, jnp.where(too_long, common, jnp.inf), _f32(ratio) * gamma)
         over = told & ~warming & (norms > limits)
         streak = jnp.where(over, state.streak + 1, 0)
