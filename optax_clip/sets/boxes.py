@@ -183,8 +183,9 @@ def init_box(kappa: ArrayLike) -> Constraint:
 def _largest(x: Any) -> Array:
     """The largest absolute value, NaN where only the shape is known."""
     if isinstance(x, jax.ShapeDtypeStruct):
-        return jnp.float32(jnp.nan)
-    return jnp.max(jnp.abs(jnp.asarray(x)), initial=0).astype(jnp.float32)
+        return jnp.full((), jnp.nan, jnp.float32)
+    peak: Array = jnp.max(jnp.abs(jnp.asarray(x)), initial=0).astype(jnp.float32)
+    return peak
 
 
 def _parent(path: Any) -> str:

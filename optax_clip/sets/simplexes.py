@@ -96,7 +96,7 @@ def simplex(total: Setting = 1.0, *, scope: Scope = "leaf") -> Constraint:
         layout = _real(Layout.of(params, scope))
         terms = _wide(layout)
         if not terms:
-            return jnp.float32(0)
+            return jnp.zeros((), jnp.float32)
         sums, lowest = _pool(layout, terms), _lowest(layout, terms)
         totals = per_scope(layout, sums, total=total)
         outside = [
