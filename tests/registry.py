@@ -30,6 +30,8 @@ class Row(NamedTuple):
     elementwise: bool = False
     # What is inside the bounds comes back bit for bit.
     only_outside: bool = True
+    # What two programs may differ by; a decomposition tells no more.
+    atol: float = 1e-6
     # The smallest rank of a leaf: 1 where an axis is named.
     min_rank: int = 0
     # The limit is a constant to derivatives, but depends on the gradient of the same step.
@@ -183,7 +185,7 @@ ROWS = (
     weights("norm_shell", lambda r: oc.norm_shell(0.125, r), at=1.0, only_outside=False),
     weights("simplex", oc.simplex, at=1.0, only_outside=False),
     weights("simplex, unit", lambda r: oc.simplex(r, scope="unit"), at=1.0, only_outside=False),
-    weights("spectral_ball", oc.spectral_ball, at=1.0, constant_limit=False),
+    weights("spectral_ball", oc.spectral_ball, at=1.0, constant_limit=False, atol=2e-5),
     weights("spectral_ball, power", oc.spectral_ball(1.0, power_iterations=2), constant_limit=False),
     weights("init_box", oc.init_box, at=2.0, elementwise=True, only_outside=False, abstract=False),
     Row(
