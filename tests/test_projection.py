@@ -197,8 +197,8 @@ def check_against_the_oracle(kind, scope, dtype):
         del params["bias"]  # it has one axis only
     expected = reference.project(params, kind, scope=scope, **values)
     projected = optax_clip.project(params, make(scope))
-    # The spectral ball aims 2 eps of the radius and a quarter of the largest entry's inside.
-    rtol, atol = (2, 20) if kind != "spectral_ball" else (4, 40)
+    # The spectral ball aims 34 eps of its radius of 1.5 inside, and its decomposition tells 16.
+    rtol, atol = (2, 20) if kind != "spectral_ball" else (4, 100)
     for name, x in params.items():
         assert projected[name].dtype == x.dtype
         np.testing.assert_allclose(
