@@ -81,6 +81,10 @@ class Layout(NamedTuple):
         pooled = scope if isinstance(scope, str) and scope in ("global", "leaf") else None
         return cls(paths, leaves, treedef, places, axes, pooled)
 
+    def beside(self, tree: Any) -> "Layout":
+        """The same scopes, with the leaves of another tree: the weights that gradients belong to."""
+        return self._replace(leaves=self.treedef.flatten_up_to(tree))
+
     @property
     def measured(self) -> list[Array]:
         return [jnp.asarray(self.leaves[i]) for i in self.places]

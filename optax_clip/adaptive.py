@@ -350,7 +350,7 @@ def skip_spikes(
         norms = measure(layout, ord=None, axis_name=axis_name)
         finite, before = all_finite(norms), norms[0].value
         (threshold,), lowest, rule_state = decide(
-            limit, state.rule_state, layout, norms, params, before, ord=None, axis_name=axis_name
+            limit, state.rule_state, layout, norms, params, before, finite, ord=None, axis_name=axis_name
         )
         spike = finite & ~(before <= threshold)
         skipped = spike & (state.skipped_in_a_row < jnp.asarray(max_consecutive))

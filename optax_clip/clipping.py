@@ -419,7 +419,7 @@ def _clip(
         before = total(layout, [n.value for n in norms], ord=ord, axis_name=axis_name)
         finite = all_finite(norms)
         limits, lowest, rule_state = decide(
-            rule, state.rule_state, layout, norms, params, before, ord=ord, axis_name=axis_name
+            rule, state.rule_state, layout, norms, params, before, finite, ord=ord, axis_name=axis_name
         )
         clipped = _rescale(layout, norms, limits, finite, nonfinite=nonfinite, exact=exact)
         recorded = record(

@@ -220,7 +220,7 @@ def mask_outward(
         if params is None:
             raise ValueError("Expected params in update of mask_outward, got params=None.")
         layout = Layout.of(updates, "leaf")
-        weights = layout._replace(leaves=layout.treedef.flatten_up_to(params)).measured
+        weights = layout.beside(params).measured
         ends = [
             jnp.where(g == 0, p, -jnp.sign(g).astype(p.dtype) * jnp.inf)
             for g, p in zip(layout.measured, weights, strict=True)
@@ -285,7 +285,7 @@ def _project_updates(
     constraint: Constraint, memory: Memory, kept: Any, updates: optax.Updates, params: optax.Params
 ) -> tuple[_Projected, Any]:
     layout = Layout.of(updates, "leaf")
-    weights = layout._replace(leaves=layout.treedef.flatten_up_to(params)).measured
+    weights = layout.beside(params).measured
     # XLA contracts products with the sums below, which `apply_updates` would not repeat.
     wanted = [lax.optimization_barrier(u) for u in layout.measured]
     reached = [applied(p, u) for p, u in zip(weights, wanted, strict=True)]

@@ -148,7 +148,7 @@ def init_box(kappa: ArrayLike) -> Constraint:
     def init(params: optax.Params) -> tuple[Any, ...]:
         layout = Layout.of(params, "leaf")
         paths = [layout.paths[i] for i in layout.places]
-        own = [_as_f32(kappa) * _largest(layout.leaves[i]) for i in layout.places]
+        own = [as_dtype(kappa, jnp.float32) * _largest(layout.leaves[i]) for i in layout.places]
         bounds: list[Any] = [()] * len(layout.leaves)
         for place, path, bound in zip(layout.places, paths, own, strict=True):
             beside = [
@@ -190,7 +190,3 @@ def _largest(x: Any) -> Array:
 
 def _parent(path: Any) -> str:
     return path_string(path).rpartition("/")[0]
-
-
-def _as_f32(x: ArrayLike) -> Array:
-    return as_dtype(x, jnp.float32)

@@ -14,7 +14,7 @@ from optax_clip._numerics import across_devices, as_dtype, varying_axes
 from optax_clip._records import increment
 from optax_clip._trees import Layout, place_along, place_like
 from optax_clip._validate import AxisName, Ord
-from optax_clip.norms import Norm, all_finite, measure
+from optax_clip.norms import Norm, measure
 
 __all__ = ["ThresholdRule"]
 
@@ -116,6 +116,7 @@ def decide(
     norms: Sequence[Norm],
     params: Any,
     before: Array,
+    finite: Array,
     *,
     ord: Ord,
     axis_name: AxisName,
@@ -131,8 +132,6 @@ def decide(
         limits = [jnp.broadcast_to(limit, n.root.shape) if flat else limit for n in norms]
         return limits, limit, state
 
-    finite = all_finite(norms)
-
     def seen(values: Sequence[Array]) -> list[Array]:
         return [lax.stop_gradient(jnp.where(finite, v, jnp.nan).astype(jnp.float32)) for v in values]
 
@@ -140,8 +139,7 @@ def decide(
     values = seen([n.value for n in norms])
     lengths = None
     if params is not None:
-        weights = layout._replace(leaves=layout.treedef.flatten_up_to(params))
-        sizes = measure(weights, ord=ord, axis_name=axis_name)
+        sizes = measure(layout.beside(params), ord=ord, axis_name=axis_name)
         lengths = [n.value.astype(jnp.float32) for n in sizes]
     if layout.pooled is None:
         states = list(state)

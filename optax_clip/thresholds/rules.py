@@ -199,7 +199,7 @@ def running_quantile(
         warming = state.seen < jnp.maximum(jnp.asarray(warmup), 1)
         limits = jnp.where(warming, jnp.inf, state.level)
         over = told & (norms > limits)
-        streak = jnp.where(told, jnp.where(over, state.streak + 1, 0), state.streak)
+        streak = jnp.where(over, state.streak + 1, 0)
         # ln 1e-6 / ln(1 - q): inf at q = 0, where every step may be clipped, and 0 at q = 1.
         patience = jnp.maximum(_f32(rearm), math.log(1e-6) / jnp.log1p(-_f32(q)))
         lost = over & (streak.astype(jnp.float32) >= patience)
@@ -207,8 +207,8 @@ def running_quantile(
         step = jnp.where(warming, wanted, _f32(rate) * (_f32(q) - (~over).astype(jnp.float32)))
         info = jnp.finfo(jnp.float32)
         moved = jnp.clip(state.level * jnp.exp(step), info.smallest_normal, info.max)
-        level = jnp.where(lost, norms, jnp.where(told, moved, state.level))
-        return limits, _Level(seen, level, jnp.where(lost, 0, streak))
+        new = _Level(seen, jnp.where(lost, norms, moved), jnp.where(lost, 0, streak))
+        return limits, _where(told, new, state)
 
     return ThresholdRule(init, update)
 
