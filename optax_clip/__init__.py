@@ -14,6 +14,7 @@ from optax_clip.clipping import clip_by_value as clip_by_value
 from optax_clip.clipping import clip_tree as clip_tree
 from optax_clip.clipping import normalize_by_norm as normalize_by_norm
 from optax_clip.norms import global_norm as global_norm
+from optax_clip.norms import per_layer as per_layer
 from optax_clip.norms import tree_norms as tree_norms
 from optax_clip.projection import mask_outward as mask_outward
 from optax_clip.projection import project as project
@@ -59,6 +60,7 @@ __all__ = [
     "norm_shell",
     "norm_sphere",
     "normalize_by_norm",
+    "per_layer",
     "project",
     "project_weights",
     "relative_to_params",

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from optax_clip._validate import AxisName
+
 T = TypeVar("T")
 
 
@@ -76,6 +78,19 @@ def devices(names: tuple[Hashable, ...]) -> int:
     """How many devices, or mapped copies, share some mapped axes."""
     count: int = lax.psum(1, names) if names else 1
     return count
+
+
+def mapped_over(axis_name: AxisName, x: Any = 0.0) -> tuple[Hashable, ...]:
+    """The mapped axes to reduce ``x`` over: those given, and those that its type names."""
+    given = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    try:
+        devices(given)
+    except NameError:
+        raise NameError(
+            "Expected axis_name to name axes that shard_map, vmap or pmap maps here, got "
+            f"axis_name={axis_name!r}."
+        ) from None
+    return (*given, *(a for a in varying_axes(x) if a not in given))
 
 
 def across_devices(

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array, lax
 
-from optax_clip._numerics import across_devices, devices, varying_axes
+from optax_clip._numerics import across_devices, devices, mapped_over
+from optax_clip._trees import place_like
+from optax_clip._validate import AxisName
 
 
 def first_record(name: str) -> dict[str, Array]:
@@ -26,9 +28,10 @@ def record(
     threshold: Array,
     over: Sequence[Array],
     finite: Array,
+    axis_name: AxisName = None,
 ) -> dict[str, Array]:
     """The metrics of one step. ``over`` says of each scope, or entry, whether it was clipped."""
-    fraction = share(over)
+    fraction = share(over, axis_name)
     gauges = {
         "norm_before": before,
         "norm_after": after,
@@ -43,12 +46,12 @@ def record(
     new = {f"{name}/{key}": jnp.asarray(x).astype(jnp.float32) for key, x in gauges.items()}
     for key, happened in counts.items():
         new[f"{name}/{key}"] = increment(last[f"{name}/{key}"], happened)
-    return new
+    return place_like(new, last)
 
 
-def share(flags: Sequence[Array]) -> Array:
+def share(flags: Sequence[Array], axis_name: AxisName = None) -> Array:
     """The share of True among all entries of some arrays, on all devices that hold a part of them."""
-    names = [varying_axes(x) for x in flags]
+    names = [mapped_over(axis_name, x) for x in flags]
     marked = across_devices([jnp.sum(x, dtype=jnp.float32) for x in flags], names, lax.psum)
     sizes = [x.size * devices(axes) for x, axes in zip(flags, names, strict=True)]
     number: Array = functools.reduce(jnp.add, marked, jnp.float32(0))

@@ -10,7 +10,7 @@ from jax import Array
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from optax_clip import _validate
-from optax_clip._validate import Scope
+from optax_clip._validate import AxisName, Scope
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ class Layout(NamedTuple):
 
     ``leaves`` has a place for every leaf and for every None, so that a leaf whose gradient is None
     keeps its place in the state. ``places`` are those of the inexact leaves, ``axes`` what is reduced
-    in each of these.
+    in each of these, ``axis_name`` what besides on other devices.
     """
 
     paths: list[Any]
@@ -71,15 +71,16 @@ class Layout(NamedTuple):
     places: tuple[int, ...]
     axes: tuple[tuple[int, ...], ...]
     pooled: str | None
+    axis_name: AxisName
 
     @classmethod
-    def of(cls, tree: Any, scope: Scope) -> "Layout":
+    def of(cls, tree: Any, scope: Scope, axis_name: AxisName = None) -> "Layout":
         found, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
         paths, leaves = [path for path, _ in found], [leaf for _, leaf in found]
         places = tuple(i for i, leaf in enumerate(leaves) if is_inexact(leaf))
         axes = tuple(reduced_axes(scope, *found[i]) for i in places)
         pooled = scope if isinstance(scope, str) and scope in ("global", "leaf") else None
-        return cls(paths, leaves, treedef, places, axes, pooled)
+        return cls(paths, leaves, treedef, places, axes, pooled, axis_name)
 
     def beside(self, tree: Any) -> "Layout":
         """The same scopes, with the leaves of another tree: the weights that gradients belong to."""
@@ -107,9 +108,9 @@ class Layout(NamedTuple):
 
 def place_like(state: T, params: Any) -> T:
     """Put ``state`` where ``params`` live, as after the first step, so that nothing recompiles."""
+    if any(_validate.is_traced(leaf) for leaf in jax.tree.leaves((state, params))):
+        return state
     for leaf in jax.tree.leaves(params):
-        if _validate.is_traced(leaf):
-            return state
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and not isinstance(sharding.mesh, AbstractMesh):
             sharding = NamedSharding(sharding.mesh, PartitionSpec())

@@ -114,6 +114,14 @@ def scope(scope: Any) -> None:
         )
 
 
+def axes(**named: Any) -> None:
+    """Each value is None, the name of a mapped axis, or a tuple of names."""
+    for name, x in named.items():
+        names = () if x is None else x if isinstance(x, tuple) else (x,)
+        if not all(isinstance(each, Hashable) and each is not None for each in names):
+            raise TypeError(f"Expected {name} to be a name or a tuple of names, got {name}={x!r}.")
+
+
 def _is_real(x: Any) -> bool:
     real = jnp.integer, jnp.floating
     return not isinstance(x, bool) and any(jnp.issubdtype(_dtype(x), kind) for kind in real)

@@ -334,6 +334,7 @@ def skip_spikes(
     limit = as_rule(rule=rule)
     guarded = optax.with_extra_args_support(inner)
     _validate.integer(1, max_consecutive=max_consecutive)
+    _validate.axes(axis_name=axis_name)
     _validate.label(name=name)
     counter = f"{name}/steps_skipped"
 
@@ -346,11 +347,11 @@ def skip_spikes(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, SkipState]:
-        layout = Layout.of(updates, "global")
-        norms = measure(layout, ord=None, axis_name=axis_name)
+        layout = Layout.of(updates, "global", axis_name)
+        norms = measure(layout, ord=None)
         finite, before = all_finite(norms), norms[0].value
         (threshold,), lowest, rule_state = decide(
-            limit, state.rule_state, layout, norms, params, before, finite, ord=None, axis_name=axis_name
+            limit, state.rule_state, layout, norms, params, before, finite, ord=None
         )
         spike = finite & ~(before <= threshold)
         skipped = spike & (state.skipped_in_a_row < jnp.asarray(max_consecutive))

@@ -82,11 +82,11 @@ def clip_tree(
         Pascanu, Mikolov, Bengio, 2013, https://arxiv.org/abs/1211.5063
     """
     _validate.at_least(0, max_norm=max_norm)
-    _check(scope=scope, ord=ord, nonfinite=nonfinite)
+    _check(scope=scope, ord=ord, nonfinite=nonfinite, axis_name=axis_name)
     if norm is not None and scope != "global":
         raise ValueError(f'Expected norm only with scope="global", got scope={scope!r}.')
-    layout = Layout.of(tree, scope)
-    norms = _measured_or_given(layout, norm, ord=ord, axis_name=axis_name)
+    layout = Layout.of(tree, scope, axis_name)
+    norms = _measured_or_given(layout, norm, ord=ord)
     limits = [as_dtype(max_norm, n.root.dtype) for n in norms]
     clipped = _rescale(layout, norms, limits, all_finite(norms), nonfinite=nonfinite).tree
     values = [n.value for n in norms]
@@ -248,6 +248,7 @@ def clip_by_value(
     limit: ArrayLike | optax.Schedule,
     *,
     lower: ArrayLike | None = None,
+    axis_name: AxisName = None,
     name: str = "clip",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clip each entry of the updates into an interval.
@@ -261,6 +262,7 @@ def clip_by_value(
             0-d array or a schedule ``step -> number``. A bound that a narrow dtype cannot represent
             is rounded inwards.
         lower: the lower bound, for an interval that is not symmetric.
+        axis_name: mapped axes to sum the metrics over, as in `global_norm`.
         name: prefix of the metrics.
 
     Returns:
@@ -284,6 +286,7 @@ def clip_by_value(
     References:
         Mikolov, 2012, Statistical Language Models Based on Neural Networks, PhD thesis, Brno.
     """
+    _validate.axes(axis_name=axis_name)
     _validate.label(name=name)
     if lower is None:
         rule = as_rule(limit=limit)
@@ -301,7 +304,7 @@ def clip_by_value(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, ClipState]:
         del params, extra
-        layout = Layout.of(updates, "global")
+        layout = Layout.of(updates, "global", axis_name)
         dtype = accumulator(layout.measured)
         high, rule_state = rule.update(jnp.zeros((), dtype), state.rule_state, None, jnp.zeros(()))
         high = high.astype(dtype)
@@ -312,7 +315,7 @@ def clip_by_value(
         over = [_outside(widen(x, dtype), low, high) for x in layout.measured]
         tree = layout.rebuild(clipped)
         (before,), (after,) = (
-            measure(each, ord=None, axis_name=None) for each in (layout, Layout.of(tree, "global"))
+            measure(each, ord=None) for each in (layout, Layout.of(tree, "global", axis_name))
         )
         recorded = record(
             state.recorded,
@@ -322,6 +325,7 @@ def clip_by_value(
             threshold=jnp.minimum(high, -low),
             over=over,
             finite=~jnp.isnan(before.root),
+            axis_name=axis_name,
         )
         return tree, ClipState(recorded, rule_state)
 
@@ -379,11 +383,9 @@ def _rescale(
     return _Rescaled(layout.rebuild(leaves), overs, after)
 
 
-def _measured_or_given(
-    layout: Layout, norm: ArrayLike | None, *, ord: Ord, axis_name: AxisName
-) -> list[Norm]:
+def _measured_or_given(layout: Layout, norm: ArrayLike | None, *, ord: Ord) -> list[Norm]:
     if norm is None or layout.pooled != "global":
-        return measure(layout, ord=ord, axis_name=axis_name)
+        return measure(layout, ord=ord)
     return [Norm.of(as_dtype(norm, accumulator(layout.measured)))]
 
 
@@ -398,7 +400,7 @@ def _clip(
     exact: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """The transform behind every clip by norm: measure, decide, rescale, record."""
-    _check(scope=scope, ord=ord, nonfinite=nonfinite)
+    _check(scope=scope, ord=ord, nonfinite=nonfinite, axis_name=axis_name)
     _validate.label(name=name)
 
     def init(params: optax.Params) -> ClipState:
@@ -414,19 +416,19 @@ def _clip(
         **extra: Any,
     ) -> tuple[optax.Updates, ClipState]:
         del extra
-        layout = Layout.of(updates, scope)
-        norms = _measured_or_given(layout, grad_norm, ord=ord, axis_name=axis_name)
-        before = total(layout, [n.value for n in norms], ord=ord, axis_name=axis_name)
+        layout = Layout.of(updates, scope, axis_name)
+        norms = _measured_or_given(layout, grad_norm, ord=ord)
+        before = total(layout, [n.value for n in norms], ord=ord)
         finite = all_finite(norms)
         limits, lowest, rule_state = decide(
-            rule, state.rule_state, layout, norms, params, before, finite, ord=ord, axis_name=axis_name
+            rule, state.rule_state, layout, norms, params, before, finite, ord=ord
         )
         clipped = _rescale(layout, norms, limits, finite, nonfinite=nonfinite, exact=exact)
         recorded = record(
             state.recorded,
             name,
             before=before,
-            after=total(layout, clipped.after, ord=ord, axis_name=axis_name),
+            after=total(layout, clipped.after, ord=ord),
             threshold=lowest,
             over=clipped.over,
             finite=finite,
@@ -436,9 +438,10 @@ def _clip(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check(*, scope: Scope, ord: Ord, nonfinite: str) -> None:
+def _check(*, scope: Scope, ord: Ord, nonfinite: str, axis_name: AxisName) -> None:
     _validate.scope(scope)
     _validate.order(ord)
+    _validate.axes(axis_name=axis_name)
     _validate.one_of(("propagate", "zero"), nonfinite=nonfinite)
 
 

@@ -16,15 +16,16 @@ from optax_clip._numerics import (
     across_devices,
     cond,
     devices,
+    mapped_over,
     power_of_two,
     scale,
     varying_axes,
     widen,
 )
-from optax_clip._trees import Layout, path_string
+from optax_clip._trees import Layout, path_string, shape_of
 from optax_clip._validate import AxisName, Ord, Scope
 
-__all__ = ["global_norm", "tree_norms"]
+__all__ = ["global_norm", "per_layer", "tree_norms"]
 
 
 class Norm(NamedTuple):
@@ -112,9 +113,44 @@ def tree_norms(tree: Any, *, scope: Scope = "leaf", ord: Ord = None, axis_name: 
     """
     _validate.order(ord)
     _validate.scope(scope)
-    layout = Layout.of(tree, scope)
-    norms = [norm.value for norm in measure(layout, ord=ord, axis_name=axis_name)]
+    _validate.axes(axis_name=axis_name)
+    layout = Layout.of(tree, scope, axis_name)
+    norms = [norm.value for norm in measure(layout, ord=ord)]
     return norms[0] if layout.pooled == "global" else as_tree(layout, norms)
+
+
+def per_layer(path: str, leaf: Any) -> tuple[int, ...]:
+    r"""A scope for stacked layers and experts: one norm for each index of the first axis.
+
+    Such leaves come from `flax.nnx.scan`, `flax.nnx.vmap` and `flax.linen.scan`, where all layers share
+    one array, and from mixtures of experts.
+
+    .. math:: \|g_k\|_p = \Big(\sum_{i} |g_{k i}|^p\Big)^{1/p} \quad \text{for each layer } k
+
+    Args:
+        path: the path of the leaf; not looked at.
+        leaf: an array with a leading axis of layers.
+
+    Returns:
+        All axes of the leaf but the first, to be reduced. A leaf of rank 1 has one norm an entry, so
+        give leaves that are not stacked another scope.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from optax_clip import per_layer, tree_norms
+        >>> layers = {"kernel": jnp.array([[[3.0, 4.0]], [[6.0, 8.0]]])}
+        >>> print(tree_norms(layers, scope=per_layer)["kernel"].ravel())
+        [ 5. 10.]
+
+        Where only some leaves are stacked:
+
+        >>> def scope(path, leaf):
+        ...     return per_layer(path, leaf) if path.startswith("layers") else "leaf"
+        >>> print(tree_norms({"layers": layers, "head": jnp.array([3.0, 4.0])}, scope=scope)["head"])
+        [5.]
+    """
+    del path
+    return tuple(range(1, len(shape_of(leaf))))
 
 
 def as_tree(layout: Layout, values: Sequence[Array]) -> Any:
@@ -124,7 +160,7 @@ def as_tree(layout: Layout, values: Sequence[Array]) -> Any:
     return layout.rebuild(kept, other=lambda leaf: None)
 
 
-def measure(layout: Layout, *, ord: Ord, axis_name: AxisName) -> list[Norm]:
+def measure(layout: Layout, *, ord: Ord) -> list[Norm]:
     """The norms of a layout: one scalar (global), one vector (leaf), or one array a leaf.
 
     A fast sum of powers, and a second one with every scope scaled by its own largest entry only where
@@ -133,8 +169,7 @@ def measure(layout: Layout, *, ord: Ord, axis_name: AxisName) -> list[Norm]:
     p = exponent(ord)
     leaves = layout.measured
     dtype = accumulator(leaves)
-    mapped = mapped_axes(layout, axis_name)
-    counts = [np.asarray(n, dtype) for n in scope_sizes(layout, mapped)]
+    counts = [np.asarray(n, dtype) for n in scope_sizes(layout)]
     info = jnp.finfo(dtype)
     # The share of a sum that underflow may have taken is then below 2^-17.
     floor = 0.0 if p in (1, math.inf) else float(info.smallest_normal) / (64 * float(info.eps))
@@ -144,7 +179,7 @@ def measure(layout: Layout, *, ord: Ord, axis_name: AxisName) -> list[Norm]:
     leaves = [widen(lax.optimization_barrier(x) if x.dtype.itemsize < 4 else x, dtype) for x in leaves]
 
     def pool(terms: list[Array], *, p: float) -> list[Array]:
-        return pool_scopes(layout, terms, mapped, dtype, maximum=p == math.inf)
+        return pool_scopes(layout, terms, dtype, maximum=p == math.inf)
 
     def root(sums: list[Array]) -> list[Array]:
         means = [s / jnp.maximum(n, 1) if ord == "rms" else s for s, n in zip(sums, counts, strict=True)]
@@ -178,12 +213,12 @@ def measure(layout: Layout, *, ord: Ord, axis_name: AxisName) -> list[Norm]:
     )
 
 
-def total(layout: Layout, values: Sequence[Array], *, ord: Ord, axis_name: AxisName) -> Array:
+def total(layout: Layout, values: Sequence[Array], *, ord: Ord) -> Array:
     """The norm of the whole tree from the norms of its scopes."""
     if layout.pooled == "global":
         return values[0]
     p = exponent(ord)
-    counts = scope_sizes(layout, mapped_axes(layout, axis_name))
+    counts = scope_sizes(layout)
     dtype = accumulator(layout.measured)
     names = [varying_axes(v) for v in values]
 
@@ -244,14 +279,13 @@ def _join(parts: Sequence[Array], dtype: Any, *, maximum: bool) -> Array:
 def pool_scopes(
     layout: Layout,
     terms: Sequence[Array],
-    mapped: Sequence[tuple[Hashable, ...]],
     dtype: Any,
     *,
     maximum: bool,
     initial: float = 0,
 ) -> list[Array]:
     """Reduce one term an entry to one value a scope."""
-    keep = layout.pooled is None
+    keep, mapped = layout.pooled is None, mapped_axes(layout)
     values = [
         jnp.max(t, axis=axes, keepdims=keep, initial=initial)
         if maximum
@@ -278,34 +312,33 @@ def shares(layout: Layout, values: Sequence[Array]) -> list[Array]:
     return [values[0][i] for i in range(n)] if layout.pooled == "leaf" else list(values)
 
 
-def mapped_axes(layout: Layout, axis_name: AxisName) -> list[tuple[Hashable, ...]]:
+def mapped_axes(layout: Layout) -> list[tuple[Hashable, ...]]:
     """The mapped axes to reduce each leaf over.
 
     A type says over which mesh axes a leaf varies, not which of its dimensions they split: a scope
     that keeps a dimension has to be told.
     """
-    given = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
     mapped = []
     for i, x, axes in zip(layout.places, layout.measured, layout.axes, strict=True):
-        varying = varying_axes(x)
+        names = mapped_over(layout.axis_name, x)
         if len(axes) < x.ndim:
-            if varying and axis_name is None:
+            if names and layout.axis_name is None:
                 raise ValueError(
                     f"Expected axis_name for leaf {path_string(layout.paths[i])!r} of shape "
-                    f"{x.shape}, which varies over the mesh axes {varying}: a scope that keeps a "
+                    f"{x.shape}, which varies over the mesh axes {names}: a scope that keeps a "
                     "dimension cannot know which dimension they split. Give axis_name=() if each "
-                    f"device holds whole units. Got axis_name={axis_name!r}."
+                    "device holds whole units. Got axis_name=None."
                 )
-            varying = ()
-        mapped.append((*given, *(a for a in varying if a not in given)))
+            names = mapped_over(layout.axis_name)
+        mapped.append(names)
     return mapped
 
 
-def scope_sizes(layout: Layout, mapped: Sequence[tuple[Hashable, ...]]) -> list[Any]:
+def scope_sizes(layout: Layout) -> list[Any]:
     """How many entries share each norm, on all devices."""
     sizes = [
         math.prod(x.shape[a] for a in axes) * devices(names)
-        for x, axes, names in zip(layout.measured, layout.axes, mapped, strict=True)
+        for x, axes, names in zip(layout.measured, layout.axes, mapped_axes(layout), strict=True)
     ]
     if layout.pooled == "global":
         return [sum(sizes)]

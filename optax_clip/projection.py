@@ -161,8 +161,12 @@ def project_weights(
         always = not _validate.is_traced(every) and int(every) == 1
         due = True if always else steps % jnp.maximum(jnp.int32(every), 1) == 0
         done, kept = cond(due, projected, untouched)
-        gauges = {f"{name}/distance": done.distance, f"{name}/fraction": done.fraction}
-        return done.updates, ProjectState(gauges | {f"{name}/steps": steps}, kept)
+        recorded = {
+            f"{name}/distance": done.distance,
+            f"{name}/fraction": done.fraction,
+            f"{name}/steps": steps,
+        }
+        return done.updates, ProjectState(place_like(recorded, state.recorded), kept)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -232,7 +236,7 @@ def mask_outward(
         ]
         kept = [jnp.where(h, 0, g) for h, g in zip(held, layout.measured, strict=True)]
         recorded = {
-            f"{name}/fraction": share(held),
+            f"{name}/fraction": share(held, constraint.axis_name),
             f"{name}/steps": increment(state.recorded[f"{name}/steps"]),
         }
         return layout.rebuild(kept), ProjectState(recorded, ())
@@ -300,5 +304,5 @@ def _project_updates(
     marks = [s != t for s, t in zip(reached, targets, strict=True)]
     if memory.marks is not None:
         marks = memory.marks(nearest, new)
-    distance = global_norm(moves).astype(jnp.float32)
-    return _Projected(layout.rebuild(landed), distance, share(marks)), new
+    distance = global_norm(moves, axis_name=constraint.axis_name).astype(jnp.float32)
+    return _Projected(layout.rebuild(landed), distance, share(marks, constraint.axis_name)), new

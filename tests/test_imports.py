@@ -8,7 +8,7 @@ import pytest
 PACKAGE = "optax_clip"
 ROOT = Path(__file__).parents[1] / PACKAGE
 
-SHARED = ["_validate", "_numerics", "_records", "_trees", "norms"]
+SHARED = ["_validate", "_numerics", "_trees", "_records", "norms"]
 GRADIENTS = [*SHARED, "thresholds", "clipping", "adaptive"]
 WEIGHTS = [*SHARED, "sets", "projection"]
 SIDES = {*GRADIENTS, *WEIGHTS}

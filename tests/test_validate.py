@@ -1,6 +1,7 @@
 """Bad input raises at once, with the argument's name and its value in the message."""
 
 import functools
+import inspect
 import math
 import re
 
@@ -10,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+import optax_clip
 from optax_clip import (
     ThresholdRule,
     adagc,
@@ -343,3 +345,39 @@ def test_traced_limits_do_not_raise(value):
         return clip_tree(TREE, value)
 
     jax.jit(all_of_them)(value)
+
+
+# The arguments that a public function with `axis_name` cannot do without.
+REQUIRED = {
+    "max_norm": 1.0,
+    "threshold": 1.0,
+    "limit": 1.0,
+    "tree": TREE,
+    "inner": optax.identity(),
+    "rule": 1.0,
+    "lower": 0.0,
+    "upper": 1.0,
+    "radius": 1.0,
+    "kappa": 1.0,
+}
+MAPPED = [
+    name
+    for name in optax_clip.__all__
+    if name[0].islower()
+    and callable(getattr(optax_clip, name))
+    and "axis_name" in inspect.signature(getattr(optax_clip, name)).parameters
+]
+
+
+@pytest.mark.parametrize("name", MAPPED)
+@pytest.mark.parametrize("axis_name", [["i"], ("i", ["j"]), ("i", None)], ids=str)
+def test_axis_names(name, axis_name):
+    function = getattr(optax_clip, name)
+    needed = {key: x for key, x in REQUIRED.items() if key in inspect.signature(function).parameters}
+    with pytest.raises((TypeError, ValueError), match=r"Expected axis_name .* got axis_name="):
+        function(**needed, axis_name=axis_name)
+
+
+def test_what_takes_an_axis_name():
+    """All that computes a norm, or sums a metric."""
+    assert {"clip_by_value", "norm_ball", "box", "simplex", "adagc", "skip_spikes"} <= set(MAPPED)

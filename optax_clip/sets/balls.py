@@ -14,8 +14,8 @@ from jax import Array, lax
 from optax_clip import _validate
 from optax_clip._numerics import as_if, broadcast_like, scale, shorten, widen
 from optax_clip._trees import Layout
-from optax_clip._validate import Ord, Scope
-from optax_clip.norms import mapped_axes, measure, scope_sizes, shares
+from optax_clip._validate import AxisName, Ord, Scope
+from optax_clip.norms import measure, scope_sizes, shares
 from optax_clip.sets.boxes import box
 from optax_clip.sets.constraint import (
     Constraint,
@@ -26,7 +26,7 @@ from optax_clip.sets.constraint import (
     per_scope,
     settings,
 )
-from optax_clip.sets.simplexes import l1_ball
+from optax_clip.sets.simplexes import Cut, l1_ball
 
 __all__ = ["norm_ball", "norm_shell", "norm_sphere"]
 
@@ -34,7 +34,9 @@ __all__ = ["norm_ball", "norm_shell", "norm_sphere"]
 Bounds = tuple[dict[str, Setting], dict[str, Setting]]
 
 
-def norm_ball(radius: Setting, *, ord: Ord = None, scope: Scope = "leaf") -> Constraint:
+def norm_ball(
+    radius: Setting, *, ord: Ord = None, scope: Scope = "leaf", axis_name: AxisName = None
+) -> Constraint:
     r"""Each leaf, unit or other scope of bounded norm: max-norm regularisation.
 
     .. math:: P(w)_s = w_s \min\Big(1, \frac{r}{\|w_s\|_2}\Big) \quad \text{for each scope } s
@@ -49,6 +51,7 @@ def norm_ball(radius: Setting, *, ord: Ord = None, scope: Scope = "leaf") -> Con
             the weights (one number with ``scope="global"``).
         ord: ``None`` or 2, 1, or ``math.inf``. Static.
         scope: which entries share a norm, as in `clip_by_norm`.
+        axis_name: mapped axes to sum over, as in `tree_norms`.
 
     Returns:
         A set for `project_weights`, `project` and `violation`. What is outside lands a few float32
@@ -73,18 +76,22 @@ def norm_ball(radius: Setting, *, ord: Ord = None, scope: Scope = "leaf") -> Con
     """
     settings(functools.partial(_validate.at_least, 0), radius=radius)
     _validate.scope(scope)
+    _validate.axes(axis_name=axis_name)
     _validate.static(ord=ord)
     if ord not in (None, 1, 2, math.inf):
         raise ValueError(f"Expected ord to be None, 1, 2 or inf, got ord={ord!r}.")
     if ord == math.inf:
         bound = jax.tree.map(lambda r: jnp.maximum(r, 0) if isinstance(r, Array) else r, radius)
-        return box(jax.tree.map(operator.neg, bound), bound)
+        return box(jax.tree.map(operator.neg, bound), bound, axis_name=axis_name)
     bounds: Bounds = {"lower": 0.0}, {"radius": radius}
-    nearest = l1_ball(radius, scope) if ord == 1 else _by_norm(scope, *bounds)
-    return Constraint(nearest, _norm_excess(scope, *bounds, ord), shrinks=True)
+    cut = functools.partial(Layout.of, scope=scope, axis_name=axis_name)
+    nearest = l1_ball(radius, cut) if ord == 1 else _by_norm(cut, *bounds)
+    return Constraint(nearest, _norm_excess(cut, *bounds, ord), shrinks=True, axis_name=axis_name)
 
 
-def norm_sphere(radius: Setting = 1.0, *, scope: Scope = "leaf") -> Constraint:
+def norm_sphere(
+    radius: Setting = 1.0, *, scope: Scope = "leaf", axis_name: AxisName = None
+) -> Constraint:
     r"""Each leaf, unit or other scope of exactly one norm: unit-norm weights.
 
     .. math:: P(w)_s = w_s \frac{r}{\|w_s\|_2} \quad \text{for each scope } s
@@ -93,6 +100,7 @@ def norm_sphere(radius: Setting = 1.0, *, scope: Scope = "leaf") -> Constraint:
         radius: the norm r >= 0: a number, a 0-d array, or a tree of these that is a prefix of the
             weights.
         scope: which entries share a norm, as in `clip_by_norm`.
+        axis_name: mapped axes to sum over, as in `tree_norms`.
 
     Returns:
         A set for `project_weights`, `project` and `violation`. The norm is within 4 eps of r, the eps
@@ -114,11 +122,16 @@ def norm_sphere(radius: Setting = 1.0, *, scope: Scope = "leaf") -> Constraint:
     settings(functools.partial(_validate.at_least, 0), radius=radius)
     settings(_validate.finite, radius=radius)
     _validate.scope(scope)
+    _validate.axes(axis_name=axis_name)
     bounds: Bounds = {"radius": radius}, {"radius": radius}
-    return Constraint(_by_norm(scope, *bounds, sphere=True), _norm_excess(scope, *bounds))
+    cut = functools.partial(Layout.of, scope=scope, axis_name=axis_name)
+    nearest = _by_norm(cut, *bounds, sphere=True)
+    return Constraint(nearest, _norm_excess(cut, *bounds), axis_name=axis_name)
 
 
-def norm_shell(lower: Setting, upper: Setting, *, scope: Scope = "leaf") -> Constraint:
+def norm_shell(
+    lower: Setting, upper: Setting, *, scope: Scope = "leaf", axis_name: AxisName = None
+) -> Constraint:
     r"""Each leaf, unit or other scope with a norm between two values.
 
     .. math:: P(w)_s = w_s \frac{\max(l, \min(u, \|w_s\|_2))}{\|w_s\|_2} \quad \text{for each scope } s
@@ -128,6 +141,7 @@ def norm_shell(lower: Setting, upper: Setting, *, scope: Scope = "leaf") -> Cons
             the weights.
         upper: the largest norm u >= l, likewise.
         scope: which entries share a norm, as in `clip_by_norm`.
+        axis_name: mapped axes to sum over, as in `tree_norms`.
 
     Returns:
         A set for `project_weights`, `project` and `violation`. What is longer than u lands as in
@@ -155,23 +169,25 @@ def norm_shell(lower: Setting, upper: Setting, *, scope: Scope = "leaf") -> Cons
     settings(_validate.finite, lower=lower)
     ordered(lower=lower, upper=upper)
     _validate.scope(scope)
+    _validate.axes(axis_name=axis_name)
 
     bounds: Bounds = {"lower": lower}, {"upper": upper}
-    return Constraint(_by_norm(scope, *bounds), _norm_excess(scope, *bounds))
+    cut = functools.partial(Layout.of, scope=scope, axis_name=axis_name)
+    return Constraint(_by_norm(cut, *bounds), _norm_excess(cut, *bounds), axis_name=axis_name)
 
 
 def _by_norm(
-    scope: Scope, lower: dict[str, Setting], upper: dict[str, Setting], *, sphere: bool = False
+    cut: Cut, lower: dict[str, Setting], upper: dict[str, Setting], *, sphere: bool = False
 ) -> Callable[[Any], Any]:
     """The projection that rescales each scope whose norm is outside [lower, upper]."""
 
     def nearest(params: optax.Params) -> optax.Params:
-        layout = Layout.of(params, scope)
-        norms = measure(layout, ord=None, axis_name=None)
+        layout = cut(params)
+        norms = measure(layout, ord=None)
         roots = [norm.root for norm in norms]
         floors = per_scope(layout, roots, **lower)
         ceilings = per_scope(layout, roots, **upper)
-        sizes = scope_sizes(layout, mapped_axes(layout, None))
+        sizes = scope_sizes(layout)
         columns = []
         for norm, low, high, n in zip(norms, floors, ceilings, sizes, strict=True):
             margin, inside = margins(n, norm.root.dtype)
@@ -206,13 +222,13 @@ def _move(x: Array, move: Array, over: Array, first: Array, second: Array, *, sp
 
 
 def _norm_excess(
-    scope: Scope, lower: dict[str, Setting], upper: dict[str, Setting], ord: Ord = None
+    cut: Cut, lower: dict[str, Setting], upper: dict[str, Setting], ord: Ord = None
 ) -> Callable[[Any], Array]:
     """How far the norms are outside [lower, upper]; a scope of zeros is not below."""
 
     def over_tree(params: optax.Params) -> Array:
-        layout = Layout.of(params, scope)
-        values = [norm.value for norm in measure(layout, ord=ord, axis_name=None)]
+        layout = cut(params)
+        values = [norm.value for norm in measure(layout, ord=ord)]
         bounds = per_scope(layout, values, **lower), per_scope(layout, values, **upper)
         outside = [
             jnp.maximum(jnp.where(norm > 0, low - norm, 0), norm - high)

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from optax_clip import _validate
 from optax_clip._numerics import accumulator, as_dtype, clamp, round_down, round_up, widen
 from optax_clip._trees import Layout, path_string, place_like, shape_of
+from optax_clip._validate import AxisName
 from optax_clip.sets.constraint import (
     Constraint,
     Memory,
@@ -27,7 +28,7 @@ from optax_clip.sets.constraint import (
 __all__ = ["box", "init_box", "non_negative"]
 
 
-def box(lower: Setting, upper: Setting) -> Constraint:
+def box(lower: Setting, upper: Setting, *, axis_name: AxisName = None) -> Constraint:
     r"""Each weight in an interval: weight clipping.
 
     .. math:: P(w)_i = \max(l, \min(u, w_i))
@@ -36,6 +37,7 @@ def box(lower: Setting, upper: Setting) -> Constraint:
         lower: the smallest value l: a number (``-math.inf`` for none), a 0-d array, or a tree of these
             that is a prefix of the weights.
         upper: the largest value u, likewise.
+        axis_name: mapped axes to sum the metrics over, as in `global_norm`.
 
     Returns:
         A set for `project_weights`, `project` and `violation`. Bounds that the dtype of a leaf cannot
@@ -58,6 +60,7 @@ def box(lower: Setting, upper: Setting) -> Constraint:
         Arjovsky, Chintala, Bottou, 2017, https://arxiv.org/abs/1701.07875
     """
     ordered(lower=lower, upper=upper)
+    _validate.axes(axis_name=axis_name)
 
     def nearest(path: Any, x: Array, low: Any, high: Any) -> Array:
         require_real(path, x, of="box")
@@ -73,15 +76,19 @@ def box(lower: Setting, upper: Setting) -> Constraint:
     both = {"lower": lower, "upper": upper}
     return Constraint(
         leafwise(nearest, **both),
-        lambda params: largest(leafwise(excess, **both)(params)),
+        lambda params: largest(leafwise(excess, **both)(params), axis_name),
         entrywise=True,
+        axis_name=axis_name,
     )
 
 
-def non_negative() -> Constraint:
+def non_negative(*, axis_name: AxisName = None) -> Constraint:
     r"""Each weight at least 0.
 
     .. math:: P(w)_i = \max(0, w_i)
+
+    Args:
+        axis_name: mapped axes to sum the metrics over, as in `global_norm`.
 
     Returns:
         The set ``box(0, inf)``, with its edge cases.
@@ -95,10 +102,10 @@ def non_negative() -> Constraint:
     References:
         Lee, Seung, 1999, https://doi.org/10.1038/44565
     """
-    return box(0.0, math.inf)
+    return box(0.0, math.inf, axis_name=axis_name)
 
 
-def init_box(kappa: ArrayLike) -> Constraint:
+def init_box(kappa: ArrayLike, *, axis_name: AxisName = None) -> Constraint:
     r"""Each weight in a box that is relative to the weights at the start: against loss of plasticity.
 
     .. math:: P(w)_i = \max(-\kappa m, \min(\kappa m, w_i)), \quad m = \max_i |w_i^{(0)}|
@@ -106,6 +113,8 @@ def init_box(kappa: ArrayLike) -> Constraint:
 
     Args:
         kappa: the factor κ >= 0, a number or a 0-d array.
+        axis_name: mapped axes to sum the metrics over, as in `global_norm`; the bounds are those of
+            the weights that ``init`` saw.
 
     Returns:
         A set for `project_weights`, which keeps the bounds of the weights that its ``init`` saw in its
@@ -137,6 +146,7 @@ def init_box(kappa: ArrayLike) -> Constraint:
     """
     _validate.at_least(0, kappa=kappa)
     _validate.finite(kappa=kappa)
+    _validate.axes(axis_name=axis_name)
 
     def no_start(params: optax.Params) -> Any:
         del params
@@ -177,7 +187,7 @@ def init_box(kappa: ArrayLike) -> Constraint:
         layout, highs = ends(params, bounds)
         return [jnp.abs(x) >= high for x, high in zip(layout.measured, highs, strict=True)]
 
-    return Constraint(no_start, no_start, memory=Memory(init, nearest, at_bound))
+    return Constraint(no_start, no_start, memory=Memory(init, nearest, at_bound), axis_name=axis_name)
 
 
 def _largest(x: Any) -> Array:

@@ -12,8 +12,9 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from optax_clip import _validate
-from optax_clip._numerics import accumulator, across_devices, as_dtype, varying_axes, widen
+from optax_clip._numerics import accumulator, across_devices, as_dtype, mapped_over, widen
 from optax_clip._trees import Layout, path_string
+from optax_clip._validate import AxisName
 
 __all__ = ["Constraint"]
 
@@ -46,6 +47,7 @@ class Constraint(NamedTuple):
         shrinks: whether the set stays a set when entries shrink towards 0.
         memory: for a set that remembers, such as `init_box`; `project_weights` then keeps it.
         entrywise: whether each entry is bounded on its own, as in a box.
+        axis_name: mapped axes that the metrics are summed over, as in `global_norm`.
 
     Examples:
         Weights on multiples of 1/8:
@@ -65,6 +67,7 @@ class Constraint(NamedTuple):
     shrinks: bool = False
     memory: Memory | None = None
     entrywise: bool = False
+    axis_name: AxisName = None
 
     def __call__(self, params: optax.Params) -> optax.Params:
         """The projection, so that a set is itself a callable ``params -> params``."""
@@ -176,10 +179,10 @@ def leafwise(function: Callable[..., Any], **named: Setting) -> Callable[[Any], 
     return over_tree
 
 
-def largest(tree: Any) -> Array:
+def largest(tree: Any, axis_name: AxisName = None) -> Array:
     """The largest entry of a tree, 0 if it is empty; on all devices that hold a part of it."""
     parts = [jnp.max(x, initial=0).astype(jnp.float32) for x in Layout.of(tree, "leaf").measured]
-    parts = across_devices(parts, [varying_axes(x) for x in parts], lax.pmax)
+    parts = across_devices(parts, [mapped_over(axis_name, x) for x in parts], lax.pmax)
     peak: Array = functools.reduce(jnp.maximum, parts, jnp.float32(0))
     return peak
 

@@ -20,8 +20,8 @@ from optax_clip._numerics import (
     widen,
 )
 from optax_clip._trees import Layout
-from optax_clip._validate import Scope
-from optax_clip.norms import mapped_axes, measure, modulus, pool_scopes, scope_sizes, shares
+from optax_clip._validate import AxisName, Scope
+from optax_clip.norms import measure, modulus, pool_scopes, scope_sizes, shares
 from optax_clip.sets.constraint import (
     Constraint,
     Setting,
@@ -34,8 +34,11 @@ from optax_clip.sets.constraint import (
 
 __all__ = ["simplex"]
 
+# How a set cuts the weights into scopes.
+Cut = Callable[[optax.Params], Layout]
 
-def simplex(total: Setting = 1.0, *, scope: Scope = "leaf") -> Constraint:
+
+def simplex(total: Setting = 1.0, *, scope: Scope = "leaf", axis_name: AxisName = None) -> Constraint:
     r"""Each leaf, unit or other scope a distribution: entries at least 0 with a given sum.
 
     .. math:: P(w)_i = \max(w_i - \theta, 0), \quad \theta \text{ such that } \sum_{i \in s} P(w)_i = T
@@ -46,6 +49,7 @@ def simplex(total: Setting = 1.0, *, scope: Scope = "leaf") -> Constraint:
     Args:
         total: the sum T >= 0: a number, a 0-d array, or a tree of these that is a prefix of the weights.
         scope: which entries share a sum, as in `clip_by_norm`.
+        axis_name: mapped axes to sum over, as in `tree_norms`.
 
     Returns:
         A set for `project_weights`, `project` and `violation`. Entries are never negative; the sum is
@@ -70,15 +74,17 @@ def simplex(total: Setting = 1.0, *, scope: Scope = "leaf") -> Constraint:
     settings(functools.partial(_validate.at_least, 0), total=total)
     settings(_validate.finite, total=total)
     _validate.scope(scope)
+    _validate.axes(axis_name=axis_name)
+    cut = functools.partial(Layout.of, scope=scope, axis_name=axis_name)
 
     def nearest(params: optax.Params) -> optax.Params:
-        layout = _real(Layout.of(params, scope))
+        layout = _real(cut(params))
         terms = _wide(layout)
         sums, lowest = _pool(layout, terms), _lowest(layout, terms)
         highest = _pool(layout, terms, maximum=True)
         totals = per_scope(layout, sums, total=total)
         keeps = []
-        ends = zip(sums, lowest, highest, totals, _sizes(layout), strict=True)
+        ends = zip(sums, lowest, highest, totals, scope_sizes(layout), strict=True)
         for got, low, high, wanted, n in ends:
             margin, _ = margins(n, got.dtype)
             near = jnp.abs(got - wanted) <= wanted * margin
@@ -93,7 +99,7 @@ def simplex(total: Setting = 1.0, *, scope: Scope = "leaf") -> Constraint:
         return moved_tree
 
     def excess(params: optax.Params) -> Array:
-        layout = _real(Layout.of(params, scope))
+        layout = _real(cut(params))
         terms = _wide(layout)
         if not terms:
             return jnp.zeros((), jnp.float32)
@@ -105,18 +111,18 @@ def simplex(total: Setting = 1.0, *, scope: Scope = "leaf") -> Constraint:
         ]
         return largest([jnp.maximum(x, 0) for x in outside])
 
-    return Constraint(nearest, excess)
+    return Constraint(nearest, excess, axis_name=axis_name)
 
 
-def l1_ball(radius: Setting, scope: Scope) -> Callable[[Any], Any]:
+def l1_ball(radius: Setting, cut: Cut) -> Callable[[Any], Any]:
     """The projection onto the ball of order 1: the absolute values onto a simplex, where outside."""
 
     def nearest(params: optax.Params) -> optax.Params:
-        layout = Layout.of(params, scope)
-        norms = measure(layout, ord=1, axis_name=None)
+        layout = cut(params)
+        norms = measure(layout, ord=1)
         radii = per_scope(layout, [norm.root for norm in norms], radius=radius)
         overs, totals = [], []
-        for norm, wanted, n in zip(norms, radii, _sizes(layout), strict=True):
+        for norm, wanted, n in zip(norms, radii, scope_sizes(layout), strict=True):
             margin, inside = margins(n, norm.root.dtype)
             over = (norm.root > wanted * norm.scale * (1 - margin)) & jnp.isfinite(norm.root)
             overs.append(over)
@@ -178,7 +184,7 @@ def _cut(layout: Layout, terms: list[Array], totals: list[Array]) -> list[Array]
 
     sizes = [
         jnp.broadcast_to(jnp.asarray(n, p.dtype), p.shape)
-        for n, p in zip(_sizes(layout), peaks, strict=True)
+        for n, p in zip(scope_sizes(layout), peaks, strict=True)
     ]
     starts = [
         jnp.maximum(-goal, (got - goal) / jnp.maximum(n, 1))
@@ -194,17 +200,12 @@ def _cut(layout: Layout, terms: list[Array], totals: list[Array]) -> list[Array]
 
 
 def _pool(layout: Layout, terms: list[Array], *, maximum: bool = False) -> list[Array]:
-    mapped = mapped_axes(layout, None)
     initial = -jnp.inf if maximum else 0
-    return pool_scopes(layout, terms, mapped, accumulator(terms), maximum=maximum, initial=initial)
+    return pool_scopes(layout, terms, accumulator(terms), maximum=maximum, initial=initial)
 
 
 def _lowest(layout: Layout, terms: list[Array]) -> list[Array]:
     return [-peak for peak in _pool(layout, [-t for t in terms], maximum=True)]
-
-
-def _sizes(layout: Layout) -> list[Any]:
-    return scope_sizes(layout, mapped_axes(layout, None))
 
 
 def _wide(layout: Layout) -> list[Array]:

@@ -29,7 +29,11 @@ __all__ = ["spectral_ball"]
 
 
 def spectral_ball(
-    radius: Setting = 1.0, *, power_iterations: int | None = None, flatten: bool = False
+    radius: Setting = 1.0,
+    *,
+    power_iterations: int | None = None,
+    flatten: bool = False,
+    axis_name: tuple[()] | None = None,
 ) -> Constraint:
     r"""Each matrix with singular values of at most the radius: a bounded Lipschitz constant.
 
@@ -50,6 +54,8 @@ def spectral_ball(
         power_iterations: None for the nearest point; k >= 1 for the cheap form. Static.
         flatten: take a leaf as one matrix of ``(all but the last axis, last axis)``, the usual one of a
             convolution kernel ``(height, width, in, out)``. Static.
+        axis_name: ``()`` where each device holds whole matrices inside `jax.shard_map`, such as its own
+            experts; a matrix that is split there cannot be projected.
 
     Returns:
         A set for `project_weights`, `project` and `violation`. As in `jax.numpy.linalg` the last two
@@ -81,11 +87,13 @@ def spectral_ball(
     settings(functools.partial(_validate.at_least, 0), radius=radius)
     if not isinstance(flatten, bool):
         raise TypeError(f"Expected flatten to be True or False, got flatten={flatten!r}.")
+    if axis_name not in (None, ()):
+        raise ValueError(f"Expected axis_name to be None or (), got axis_name={axis_name!r}.")
 
     def matrices(params: optax.Params) -> tuple[Layout, list[Array], list[Array | None]]:
         layout = Layout.of(params, "leaf")
         radii = [jnp.maximum(as_dtype(r, jnp.float32), 0) for r in spread(layout, radius=radius)]
-        return layout, radii, [_matrix(x, flatten) for x in layout.measured]
+        return layout, radii, [_matrix(x, flatten, axis_name) for x in layout.measured]
 
     def nearest(params: optax.Params) -> optax.Params:
         layout, radii, found = matrices(params)
@@ -148,15 +156,17 @@ def _matrix_shape(leaf: Any, flatten: bool) -> tuple[int, ...] | None:
     return (math.prod(shape[:-1]), shape[-1]) if flatten else shape
 
 
-def _matrix(x: Array, flatten: bool) -> Array | None:
+def _matrix(x: Array, flatten: bool, axis_name: tuple[()] | None) -> Array | None:
     """A leaf as a matrix or a batch of them; None if it is none. Whole on each device of the mesh."""
     shape = _matrix_shape(x, flatten)
     if shape is None or x.size == 0:
         return None
-    if names := varying_axes(x):
+    names = varying_axes(x)
+    if names and axis_name is None:
         raise ValueError(
             f"Expected whole matrices in a spectral_ball, got a leaf of shape {x.shape} that varies "
-            f"over the mesh axes {names}. Project outside of shard_map."
+            f"over the mesh axes {names}. Give axis_name=() if each device holds whole matrices, else "
+            "project outside of shard_map."
         )
     if _is_explicit(jax.typeof(x).sharding):
         x = jax.sharding.reshard(x, jax.typeof(x).sharding.update(spec=PartitionSpec()))
@@ -238,13 +248,13 @@ def _scaled(x: Array, radius: Array, vector: Array, iterations: int) -> tuple[Ar
     unit = power_of_two(jnp.max(jnp.abs(wide), axis=(-2, -1), keepdims=True))
     y = lax.stop_gradient(scale(wide, 1 / unit))
 
-    def iterate(_: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        left = _product(y, carry[0][..., None])
+    def iterate(vector: Array) -> tuple[Array, Array]:
+        left = _product(y, vector[..., None])
         right = _product(jnp.conj(jnp.matrix_transpose(y)), _unit(left, axes=(-2, -1)))[..., 0]
         return _unit(right, axes=(-1,)), jnp.sqrt(jnp.sum(jnp.abs(right) ** 2, axis=-1))
 
     start = vector.reshape(*y.shape[:-2], y.shape[-1]).astype(y.dtype)
-    new, sigma = lax.fori_loop(0, iterations, iterate, (start, jnp.zeros(start.shape[:-1], dtype)))
+    new, sigma = lax.fori_loop(1, iterations, lambda _, carry: iterate(carry[0]), iterate(start))
     known = jnp.isfinite(sigma) & (sigma > 0)
     _, inside = margins(x.shape[-2] * x.shape[-1], dtype)
     goal = radius.astype(dtype) * (1 - inside)

@@ -13,7 +13,7 @@ from optax_clip import _validate
 from optax_clip._numerics import across_devices, as_dtype, varying_axes
 from optax_clip._records import increment
 from optax_clip._trees import Layout, place_along, place_like
-from optax_clip._validate import AxisName, Ord
+from optax_clip._validate import Ord
 from optax_clip.norms import Norm, measure
 
 __all__ = ["ThresholdRule"]
@@ -119,7 +119,6 @@ def decide(
     finite: Array,
     *,
     ord: Ord,
-    axis_name: AxisName,
 ) -> tuple[list[Array], Array, Any]:
     """Ask the rule for a limit a scope, the smallest of them, and its next state.
 
@@ -139,7 +138,7 @@ def decide(
     values = seen([n.value for n in norms])
     lengths = None
     if params is not None:
-        sizes = measure(layout.beside(params), ord=ord, axis_name=axis_name)
+        sizes = measure(layout.beside(params), ord=ord)
         lengths = [n.value.astype(jnp.float32) for n in sizes]
     if layout.pooled is None:
         states = list(state)
