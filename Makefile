@@ -25,7 +25,7 @@ sweep: $(VENV)/.demo  ## train it under many thresholds and rules, draw sweep.pn
 test: $(VENV)/.test  ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-bench: $(VENV)/.bench  ## time against Optax's own transforms
+bench: $(VENV)/.bench  ## measure against Optax's own transforms, draw bench.png
 	$(BIN)/python -m benchmarks
 
 notebooks: $(VENV)/.notebooks  ## run the notebooks
@@ -49,7 +49,7 @@ dev: $(VENV)/.dev  ## install everything that a developer needs
 	@echo "Ready: . $(BIN)/activate"
 
 clean:  ## remove the environments and all that was built
-	rm -rf .venv .venv-* $(VENV) build dist demo.png sweep.png
+	rm -rf .venv .venv-* $(VENV) build dist demo.png sweep.png bench.json bench.png
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

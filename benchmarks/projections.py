@@ -6,7 +6,6 @@ relative to the radius, against float64 NumPy.
 
 import argparse
 import functools
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import optax
 
 import optax_clip
+from benchmarks._timing import Row, medians
 
 
 def exact_simplex(x: np.ndarray, total: float) -> np.ndarray:
@@ -41,26 +41,20 @@ def svd(x: jax.Array, radius: float) -> jax.Array:
     return (u * jnp.minimum(s, radius)) @ v
 
 
-def medians(functions: list[Callable[[Any], Any]], x: Any, repeats: int) -> list[float]:
-    """The median seconds of each function, jitted, run in turn, after one run to compile."""
-    x, compiled = jnp.asarray(x), [jax.jit(function) for function in functions]
-    for function in compiled:
-        jax.block_until_ready(function(x))
-    seconds: list[list[float]] = [[] for _ in functions]
-    for _ in range(repeats):
-        for function, spent in zip(compiled, seconds, strict=True):
-            start = time.perf_counter()
-            jax.block_until_ready(function(x))
-            spent.append(time.perf_counter() - start)
-    return [float(np.median(spent)) for spent in seconds]
-
-
-def row(name: str, pair: tuple[Any, Any], exact: Any, x: np.ndarray, radius: float, repeats: int) -> str:
-    ours, theirs = medians(list(pair), x, repeats)
+def row(name: str, pair: tuple[Any, Any], exact: Any, x: np.ndarray, radius: float, repeats: int) -> Row:
+    ours, theirs = medians(pair, x, repeats)
     wanted = exact(x.astype(np.float64), radius)
     errors = [np.abs(np.asarray(jax.jit(f)(x), np.float64) - wanted).max() / radius for f in pair]
+    return show(name, ours, theirs, *errors)
+
+
+def show(name: str, ours: float, theirs: float, *errors: float) -> Row:
+    """Print one line of the table, and return it for bench.json."""
     times = f"{ours * 1e3:9.1f}{theirs * 1e3:9.1f}{theirs / ours:7.1f}"
-    return f"{name:32}{times}{errors[0]:11.1e}{errors[1]:9.1e}"
+    print(f"{name:32}{times}" + "".join(f"{x:{n}.1e}" for x, n in zip(errors, (11, 9), strict=False)))
+    found = dict(zip(("our_error", "their_error"), map(float, errors), strict=False))
+    spent = {"ours_ms": ours * 1e3, "theirs_ms": theirs * 1e3, "theirs_to_ours": theirs / ours}
+    return {"group": "projections", "name": name.strip(), "dtype": "float32", **spent, **found}
 
 
 def projection(constraint: optax_clip.Constraint) -> Callable[[Any], Any]:
@@ -80,7 +74,7 @@ def main() -> None:
     run(smoke=parser.parse_args().smoke)
 
 
-def run(*, smoke: bool) -> None:
+def run(*, smoke: bool) -> list[Row]:
     n, side, repeats = (4_000, 16, 1) if smoke else (4_000_000, 512, 5)
     rng = np.random.default_rng(0)
     normal = rng.normal(size=n).astype(np.float32)
@@ -92,24 +86,28 @@ def run(*, smoke: bool) -> None:
         f"Projections: {n:,} float32 entries against optax.projections, matrices against jnp.linalg.svd"
     )
     print(f"{'':32}{'ours, ms':>9}{'theirs':>9}{'ratio':>7}{'our error':>11}{'theirs':>9}")
+    rows = []
     for radius in (1.0, 100.0, n / 40):
         theirs = functools.partial(optax.projections.projection_l1_ball, scale=radius)
         pair = projection(optax_clip.norm_ball(radius, ord=1)), theirs
-        print(row(f"L1 ball, radius {radius:g}", pair, exact_l1, normal, radius, repeats))
+        rows.append(row(f"L1 ball, radius {radius:g}", pair, exact_l1, normal, radius, repeats))
     for total, offset in ((1.0, 0.0), (100.0, 0.0), (1.0, 1e4)):
         theirs = functools.partial(optax.projections.projection_simplex, scale=total)
         pair = projection(optax_clip.simplex(total)), theirs
         x = normal + np.float32(offset)
-        print(row(f"simplex {total:g}, entries near {offset:g}", pair, exact_simplex, x, total, repeats))
+        rows.append(
+            row(f"simplex {total:g}, entries near {offset:g}", pair, exact_simplex, x, total, repeats)
+        )
     for name, x in matrices.items():
         for factor in (1.2, 30.0):
             radius = float(np.linalg.norm(x, 2)) / factor
             pair = projection(optax_clip.spectral_ball(radius)), functools.partial(svd, radius=radius)
             label = f"spectral, {name}, {factor:g} r"
-            print(row(label, pair, exact_spectral, x, radius, repeats))
+            rows.append(row(label, pair, exact_spectral, x, radius, repeats))
         first, second = medians([power_step(x, radius), pair[0]], x, repeats)
         label = "  one power iteration, exact"
-        print(f"{label:32}{first * 1e3:9.1f}{second * 1e3:9.1f}{second / first:7.1f}")
+        rows.append(show(label, first, second))
+    return rows
 
 
 if __name__ == "__main__":

@@ -40,13 +40,29 @@ def widen(x: Array, dtype: Any) -> Array:
 
 def scale(x: Array, *factors: Array) -> Array:
     """``x * factors[0] * factors[1] ...``, formed in the factors' precision, rounded once."""
-    y = widen(x, factors[0].dtype)
+    y = widen(x, factors[0].dtype) if factors else x
     for factor in factors:
         if jnp.iscomplexobj(y):
             y = lax.complex(y.real * factor, y.imag * factor)
         else:
             y = y * factor
     return y.astype(x.dtype)
+
+
+def replaced(x: Array, flag: Array, y: Array) -> Array:
+    """``x``, and where the flag says so ``y``, rounded to the dtype of ``x``.
+
+    XLA's CPU compiler copies neither a conversion to bfloat16 nor a choice between two such numbers into
+    each pass that reads the result, but writes it to memory. With integers it does, hence the bits.
+    """
+    flag = broadcast_like(flag, x)
+    plain = lax.select(flag, y.astype(x.dtype), x)
+    if x.dtype != jnp.bfloat16 or y.dtype != jnp.float32:
+        return plain
+    bits = lax.bitcast_convert_type(lax.reduce_precision(y, 8, 7), jnp.uint32)
+    upper = lax.convert_element_type(lax.shift_right_logical(bits, jnp.full_like(bits, 16)), jnp.uint16)
+    chosen = lax.select(flag, upper, lax.bitcast_convert_type(x, jnp.uint16))
+    return as_if(lax.bitcast_convert_type(chosen, x.dtype), plain)
 
 
 def power_of_two(x: Array) -> Array:
@@ -63,7 +79,7 @@ def power_of_two(x: Array) -> Array:
 
 def broadcast_like(flag: Array, x: Array) -> Array:
     """``flag`` in the shape of ``x``; against a truth made of ``x``, which brings its sharding along."""
-    return flag if flag.ndim == 0 else flag & ((x == x) | (x != x))
+    return flag if flag.shape in ((), x.shape) else flag & ((x == x) | (x != x))
 
 
 def varying_axes(x: Any) -> tuple[Hashable, ...]:
@@ -118,6 +134,31 @@ def as_if(value: Array, source: Array) -> Array:
 as_if.defjvps(None, lambda tangent, out, value, source: tangent)
 
 
+def apart(*parts: Array) -> tuple[Array, ...]:
+    """The same arrays, for one sum over them.
+
+    What several sums have in common, a float32 copy or a broadcast scalar, XLA's CPU compiler computes
+    once and writes to memory. Behind barriers of their own they have nothing in common. Nor does XLA
+    then turn ``(x k) (x k)`` for a constant x into ``k k x x``, which overflows.
+    """
+    if len(parts) == 1 and parts[0].dtype.itemsize > 2:
+        return parts
+    whole: tuple[Array, ...] = lax.optimization_barrier(parts)
+    return whole
+
+
+def positive(gap: Callable[..., Array], *parts: Array) -> Array:
+    """1 where ``gap(*parts) > 0``, else 0, NaN where it is NaN, to be summed.
+
+    In arithmetic that XLA's fast sums on CPU take in. They know neither comparison nor choice, whose
+    result is then written to memory first.
+    """
+    dtype = accumulator(parts)
+    constants = [jnp.asarray(c, dtype) for c in (0, 1, 1 / float(jnp.finfo(dtype).smallest_normal))]
+    *own, zero, one, huge = apart(*parts, *constants)
+    return jnp.minimum(jnp.maximum(gap(*(widen(x, dtype) for x in own)), zero) * huge, one)
+
+
 def nextafter(x: Array, towards: Array) -> Array:
     """The neighbour of ``x``; its derivative is that of ``x``, as JAX has none for it."""
     return as_if(jnp.nextafter(*lax.stop_gradient((x, towards))), x)
@@ -150,16 +191,23 @@ def shorten(x: Array, dtype: Any) -> Array:
 
 def clamp(x: Array, low: Array, high: Array) -> Array:
     """``x`` in [low, high]; what is inside keeps its bits, as a minimum may flush subnormals."""
-    y = jnp.minimum(jnp.maximum(x, low), high)
-    return jnp.where(x == y, x, y)
+    wide = widen(x, accumulator([x]))
+    y = jnp.minimum(jnp.maximum(wide, low.astype(wide.dtype)), high.astype(wide.dtype))
+    return replaced(x, wide != y, y)
 
 
 def applied(p: Array, u: Array) -> Array:
     """``p + u`` as `optax.apply_updates` rounds it."""
     wide = _common(p, u)
-    total = (p.astype(wide) + u.astype(wide)).astype(p.dtype)
+    total = p.astype(wide) + u.astype(wide)
+    if p.dtype == jnp.bfloat16:
+        return lax.reduce_precision(total.astype(jnp.float32), 8, 7).astype(p.dtype)
     # XLA may keep what it computes next in more than 16 bits.
-    return lax.optimization_barrier(total) if total.dtype.itemsize < 4 else total
+    return (
+        lax.optimization_barrier(total.astype(p.dtype))
+        if p.dtype.itemsize < 4
+        else total.astype(p.dtype)
+    )
 
 
 def _common(p: Array, u: Array) -> Any:

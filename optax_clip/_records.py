@@ -50,7 +50,7 @@ def record(
 
 
 def share(flags: Sequence[Array], axis_name: AxisName = None) -> Array:
-    """The share of True among all entries of some arrays, on all devices that hold a part of them."""
+    """The share of True, or of 1, among all entries of some arrays, wherever they are."""
     names = [mapped_over(axis_name, x) for x in flags]
     marked = across_devices([jnp.sum(x, dtype=jnp.float32) for x in flags], names, lax.psum)
     sizes = [x.size * devices(axes) for x, axes in zip(flags, names, strict=True)]

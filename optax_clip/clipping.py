@@ -12,9 +12,10 @@ from optax_clip import _validate
 from optax_clip._numerics import (
     accumulator,
     as_dtype,
-    broadcast_like,
     clamp,
+    positive,
     power_of_two,
+    replaced,
     round_down,
     round_up,
     scale,
@@ -311,23 +312,21 @@ def clip_by_value(
         low = -high if lower is None else as_dtype(lower, dtype)
         if lower is not None and any(jnp.iscomplexobj(x) for x in layout.measured):
             raise ValueError(f"Expected no complex leaf beside lower, got lower={lower!r}.")
-        clipped = [_clamp(x, low, high) for x in layout.measured]
-        over = [_outside(widen(x, dtype), low, high) for x in layout.measured]
-        tree = layout.rebuild(clipped)
-        (before,), (after,) = (
-            measure(each, ord=None) for each in (layout, Layout.of(tree, "global", axis_name))
-        )
+        (before,) = measure(layout, ord=None)
+        ends = [(x, *_inwards(x, low, high)) for x in layout.measured]
+        (after,) = measure(layout, ord=None, parts=ends, read=_length)
         recorded = record(
             state.recorded,
             name,
             before=before.value,
             after=after.value,
             threshold=jnp.minimum(high, -low),
-            over=over,
+            over=[_outside(x, low, high) for x in layout.measured],
             finite=~jnp.isnan(before.root),
             axis_name=axis_name,
         )
-        return tree, ClipState(recorded, rule_state)
+        clipped = [_clamp(x, low, high) for x in layout.measured]
+        return layout.rebuild(clipped), ClipState(recorded, rule_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -371,15 +370,18 @@ def _rescale(
         emptied = jnp.where(finite, jnp.where(over, limit, norm.value), jnp.nan)
         after.append(jnp.where(finite, emptied, 0) if nonfinite == "zero" else emptied)
     columns = zip(*parts, strict=True) if parts else ((), (), ())
+    whole = lax.optimization_barrier(finite)
+
+    def moved(x: Array, first: Array, second: Array) -> Array:
+        product = scale(widen(x, first.dtype), first, second)
+        return lax.select(whole, product, jnp.zeros_like(product)) if nonfinite == "zero" else product
+
     leaves = [
-        lax.select(broadcast_like(changed, x), scale(x, first, second), x)
+        replaced(x, changed, moved(x, first, second))
         for x, changed, first, second in zip(
             layout.measured, *(shares(layout, column) for column in columns), strict=True
         )
     ]
-    if nonfinite == "zero":
-        whole = lax.optimization_barrier(finite)
-        leaves = [lax.select(whole, x, jnp.zeros_like(x)) for x in leaves]
     return _Rescaled(layout.rebuild(leaves), overs, after)
 
 
@@ -445,6 +447,12 @@ def _check(*, scope: Scope, ord: Ord, nonfinite: str, axis_name: AxisName) -> No
     _validate.one_of(("propagate", "zero"), nonfinite=nonfinite)
 
 
+def _inwards(x: Array, low: Array, high: Array) -> tuple[Array, Array]:
+    """The bounds as a leaf of that dtype can hold them."""
+    part = jnp.finfo(x.dtype).dtype
+    return round_up(low, part).astype(low.dtype), round_down(high, part).astype(high.dtype)
+
+
 def _clamp(x: Array, low: Array, high: Array) -> Array:
     """Each entry into [low, high], by modulus if complex; bounds rounded inwards to the dtype."""
     if not jnp.iscomplexobj(x):
@@ -459,5 +467,17 @@ def _clamp(x: Array, low: Array, high: Array) -> Array:
     return jnp.where(over & ~jnp.isnan(x), bounded, x)
 
 
+def _length(x: Array, low: Array, high: Array) -> Array:
+    """What the norm of a clamped entry needs: the entry, or its absolute value."""
+    if jnp.iscomplexobj(x):
+        return jnp.minimum(jnp.abs(x), high)
+    return jnp.maximum(jnp.minimum(widen(x, low.dtype), high), low)
+
+
 def _outside(x: Array, low: Array, high: Array) -> Array:
-    return jnp.abs(x) > high if jnp.iscomplexobj(x) else (x < low) | (x > high)
+    """1 where an entry is outside, else 0; there is nothing outside of inf."""
+    most = float(jnp.finfo(high.dtype).max)
+    ends = jnp.maximum(low, -most), jnp.minimum(high, most)
+    if jnp.iscomplexobj(x):
+        return positive(lambda x, _, high: jnp.abs(x) - high, x, *ends)
+    return positive(lambda x, low, high: jnp.maximum(x - high, low - x), x, *ends)

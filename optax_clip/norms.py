@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -14,6 +15,7 @@ from optax_clip import _validate
 from optax_clip._numerics import (
     accumulator,
     across_devices,
+    apart,
     cond,
     devices,
     mapped_over,
@@ -26,6 +28,11 @@ from optax_clip._trees import Layout, path_string, shape_of
 from optax_clip._validate import AxisName, Ord, Scope
 
 __all__ = ["global_norm", "per_layer", "tree_norms"]
+
+_SMALL = 2**16  # entries of a leaf that XLA takes longer to compile a sum for than to run it
+
+# What is summed for one leaf, the axes to reduce, and the mapped axes.
+_Term = tuple[Array, tuple[int, ...], tuple[Hashable, ...]]
 
 
 class Norm(NamedTuple):
@@ -160,23 +167,30 @@ def as_tree(layout: Layout, values: Sequence[Array]) -> Any:
     return layout.rebuild(kept, other=lambda leaf: None)
 
 
-def measure(layout: Layout, *, ord: Ord) -> list[Norm]:
+def measure(
+    layout: Layout,
+    *,
+    ord: Ord,
+    parts: Sequence[tuple[Array, ...]] | None = None,
+    read: Callable[..., Array] = lambda x: x,
+) -> list[Norm]:
     """The norms of a layout: one scalar (global), one vector (leaf), or one array a leaf.
 
-    A fast sum of powers, and a second one with every scope scaled by its own largest entry only where
-    the first is not to be trusted.
+    A fast sum of powers, and a second one with every scope brought into range only where the first is
+    not to be trusted. Of each leaf is measured what ``read`` makes of its ``parts``, for each sum anew.
     """
     p = exponent(ord)
-    leaves = layout.measured
-    dtype = accumulator(leaves)
+    dtype = accumulator(layout.measured)
     counts = [np.asarray(n, dtype) for n in scope_sizes(layout)]
     info = jnp.finfo(dtype)
     # The share of a sum that underflow may have taken is then below 2^-17.
     floor = 0.0 if p in (1, math.inf) else float(info.smallest_normal) / (64 * float(info.eps))
 
-    # The norm reads 16-bit leaves on its own: shared with the product, their float32 copy would
-    # be written to memory.
-    leaves = [widen(lax.optimization_barrier(x) if x.dtype.itemsize < 4 else x, dtype) for x in leaves]
+    def leaves(*factors: list[Array]) -> list[Array]:
+        given = [(x,) for x in layout.measured] if parts is None else parts
+        own = [apart(*each, *more) for each, *more in zip(given, *factors, strict=True)]
+        n = len(own[0]) - len(factors) if own else 0
+        return [scale(widen(read(*each[:n]), dtype), *each[n:]) for each in own]
 
     def pool(terms: list[Array], *, p: float) -> list[Array]:
         return pool_scopes(layout, terms, dtype, maximum=p == math.inf)
@@ -185,31 +199,38 @@ def measure(layout: Layout, *, ord: Ord) -> list[Norm]:
         means = [s / jnp.maximum(n, 1) if ord == "rms" else s for s, n in zip(sums, counts, strict=True)]
         return [_root(s, p) for s in means]
 
-    def peaks() -> list[Array]:
-        return pool([jnp.abs(x) for x in leaves], p=math.inf)
+    def rescaled(*factors: list[Array]) -> list[Array]:
+        terms = leaves(*(shares(layout, each) for each in factors))
+        return root(pool([_power(x, p) for x in terms], p=p))
 
-    sums = pool([_power(x, p) for x in leaves], p=p)
-    trusted = [(s >= n * floor) & (s <= info.max) for s, n in zip(sums, counts, strict=True)]
-    if floor and layout.pooled is None:
-        # Many units are all zero, such as unused rows of an embedding; a tree or a leaf rarely is.
-        trusted = [t | (peak == 0) for t, peak in zip(trusted, peaks(), strict=True)]
+    sums = pool([_power(x, p) for x in leaves()], p=p)
+    low = [s < n * floor for s, n in zip(sums, counts, strict=True)]
+    high = [~(s <= info.max) for s in sums]
 
-    def scaled() -> list[Norm]:
-        # By the largest entry, so that even a high power stays in range; its power of two is kept
-        # apart, since a product with that is exact.
-        largest = [lax.stop_gradient(peak) for peak in peaks()]
-        scales = [1 / power_of_two(peak) for peak in largest]
-        tops = [peak * k for peak, k in zip(largest, scales, strict=True)]
+    def by_size() -> list[Norm]:
+        # Squares of float32 are in range times 2^-96 or 2^80.
+        small, large = 2.0 ** (-3 * info.maxexp // 4), 2.0 ** (5 * info.maxexp // 8)
+        factors = [
+            jnp.where(above, small, jnp.where(below, large, 1)).astype(dtype)
+            for below, above in zip(low, high, strict=True)
+        ]
+        return [Norm(r, k) for r, k in zip(rescaled(factors), factors, strict=True)]
+
+    def by_peak() -> list[Norm]:
+        # High powers are in range relative to the largest entry; its power of two is kept apart, since
+        # a product with that is exact.
+        peaks = pool([jnp.abs(lax.stop_gradient(x)) for x in leaves()], p=math.inf)
+        factors = [1 / power_of_two(peak) for peak in peaks]
+        tops = [peak * k for peak, k in zip(peaks, factors, strict=True)]
         tops = [jnp.where((top > 0) & (top < jnp.inf), top, 1) for top in tops]
-        factors = zip(shares(layout, scales), shares(layout, [1 / top for top in tops]), strict=True)
-        terms = [_power(scale(x, k, f), p) for x, (k, f) in zip(leaves, factors, strict=True)]
-        roots = root(pool(terms, p=p))
-        return [Norm(r * top, k) for r, top, k in zip(roots, tops, scales, strict=True)]
+        roots = rescaled(factors, [1 / top for top in tops])
+        return [Norm(r * top, k) for r, top, k in zip(roots, tops, factors, strict=True)]
 
+    trusted = [~jnp.any(below | above) for below, above in zip(low, high, strict=True)]
     return cond(
-        functools.reduce(operator.and_, [jnp.all(t) for t in trusted], True),
+        functools.reduce(operator.and_, trusted, True),
         lambda: [Norm.of(r) for r in root(sums)],
-        scaled,
+        by_size if p == 2 else by_peak,
     )
 
 
@@ -286,22 +307,41 @@ def pool_scopes(
 ) -> list[Array]:
     """Reduce one term an entry to one value a scope."""
     keep, mapped = layout.pooled is None, mapped_axes(layout)
+    pairs = list(zip(terms, layout.axes, mapped, strict=True))
+    if layout.pooled == "global" and not maximum:
+        pairs = _joined(pairs)
     values = [
         jnp.max(t, axis=axes, keepdims=keep, initial=initial)
         if maximum
         else jnp.sum(t, axis=axes, keepdims=keep)
-        for t, axes in zip(terms, layout.axes, strict=True)
+        for t, axes, _ in pairs
     ]
     collective = lax.pmax if maximum else lax.psum
     if layout.pooled == "global":
-        groups = list(dict.fromkeys(mapped))
-        same = [[v for v, m in zip(values, mapped, strict=True) if m == group] for group in groups]
+        groups = list(dict.fromkeys(names for *_, names in pairs))
+        same = [[v for v, (*_, m) in zip(values, pairs, strict=True) if m == group] for group in groups]
         joined = [_join(parts, dtype, maximum=maximum) for parts in same]
         return [_join(across_devices(joined, groups, collective), dtype, maximum=maximum)]
     values = across_devices(values, mapped, collective)
     if layout.pooled == "leaf":
         return [jnp.stack(values) if values else jnp.zeros((0,), dtype)]
     return values
+
+
+def _joined(pairs: list[_Term]) -> list[_Term]:
+    """Small terms of one type added up, eight at a time, before they are summed.
+
+    XLA's CPU compiler takes longer for a sum than for all else that is done with a small leaf. On
+    several devices leaves of one type may be split differently, and to add them would move them.
+    """
+    if jax.device_count() > 1:
+        return pairs
+    alike: dict[Any, list[_Term]] = {}
+    for i, (t, axes, names) in enumerate(pairs):
+        key = (jax.typeof(t), names) if t.size <= _SMALL else i
+        alike.setdefault(key, []).append((t, axes, names))
+    eights = [same[i : i + 8] for same in alike.values() for i in range(0, len(same), 8)]
+    return [(functools.reduce(operator.add, [t for t, *_ in some]), *some[0][1:]) for some in eights]
 
 
 def shares(layout: Layout, values: Sequence[Array]) -> list[Array]:

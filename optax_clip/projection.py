@@ -14,11 +14,12 @@ from optax_clip._numerics import (
     applied,
     cond,
     land,
+    positive,
     widen,
 )
 from optax_clip._records import increment, share
 from optax_clip._trees import Layout, path_string, place_like
-from optax_clip.norms import global_norm
+from optax_clip.norms import measure
 from optax_clip.sets.constraint import Constraint, Memory, as_constraint, remembering
 
 __all__ = ["mask_outward", "project", "project_weights", "violation", "where"]
@@ -236,7 +237,10 @@ def mask_outward(
         ]
         kept = [jnp.where(h, 0, g) for h, g in zip(held, layout.measured, strict=True)]
         recorded = {
-            f"{name}/fraction": share(held, constraint.axis_name),
+            f"{name}/fraction": share(
+                [positive(_gap, g, k) for g, k in zip(layout.measured, kept, strict=True)],
+                constraint.axis_name,
+            ),
             f"{name}/steps": increment(state.recorded[f"{name}/steps"]),
         }
         return layout.rebuild(kept), ProjectState(recorded, ())
@@ -294,15 +298,20 @@ def _project_updates(
     wanted = [lax.optimization_barrier(u) for u in layout.measured]
     reached = [applied(p, u) for p, u in zip(weights, wanted, strict=True)]
     nearest, new = memory.nearest(layout.rebuild(reached, other=lambda _: None), kept)
-    targets = [lax.optimization_barrier(t) for t in Layout.of(nearest, "leaf").measured]
+    targets = Layout.of(nearest, "leaf").measured
     landed = [
         land(p, u, s, t, shrinks=constraint.shrinks)
         for p, u, s, t in zip(weights, wanted, reached, targets, strict=True)
     ]
-    dtype = accumulator(targets)
-    moves = [widen(t, dtype) - widen(s, dtype) for s, t in zip(reached, targets, strict=True)]
-    marks = [s != t for s, t in zip(reached, targets, strict=True)]
+    pairs = list(zip(wanted, landed, strict=True))
+    marks = [positive(_gap, *pair) for pair in pairs]
     if memory.marks is not None:
         marks = memory.marks(nearest, new)
-    distance = global_norm(moves, axis_name=constraint.axis_name).astype(jnp.float32)
+    whole = Layout.of(landed, "global", constraint.axis_name)
+    distance = measure(whole, ord=None, parts=pairs, read=_gap)[0].value.astype(jnp.float32)
     return _Projected(layout.rebuild(landed), distance, share(marks, constraint.axis_name)), new
+
+
+def _gap(x: Array, y: Array) -> Array:
+    dtype = accumulator([x, y])
+    return jnp.abs(widen(x, dtype) - widen(y, dtype))

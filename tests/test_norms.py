@@ -285,3 +285,14 @@ def test_derivatives_against_differences(x64, ord):
     curve = np.array([(slopes(x + e) - slopes(x - e)) / (2 * h) for e in steps])
     found = np.asarray(jax.hessian(f)(x))
     np.testing.assert_allclose(found[smooth], curve[smooth], atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e25])
+def test_constants_of_the_program(size):
+    """Leaves known to the compiler, which then reorders products: (x k)(x k) is not k k x x."""
+    tree = {"zero": jnp.zeros(()), "some": jnp.full((), size), "more": jnp.full(3, size)}
+    found = jax.jit(lambda: tree_norms(tree))()
+    for key, x in tree.items():
+        np.testing.assert_allclose(found[key].ravel(), [np.linalg.norm(np.float64(x))], rtol=1e-6)
+    made = jax.jit(lambda: global_norm([jnp.zeros(4), jnp.full(4, size)]))()
+    np.testing.assert_allclose(made, 2 * size, rtol=1e-6)
