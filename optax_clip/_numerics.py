@@ -79,7 +79,8 @@ def power_of_two(x: Array) -> Array:
 
 def broadcast_like(flag: Array, x: Array) -> Array:
     """``flag`` in the shape of ``x``; against a truth made of ``x``, which brings its sharding along."""
-    return flag if flag.shape in ((), x.shape) else flag & ((x == x) | (x != x))
+    same = flag.shape == x.shape and jax.typeof(flag).sharding == jax.typeof(x).sharding
+    return flag if same or flag.ndim == 0 else flag & ((x == x) | (x != x))
 
 
 def varying_axes(x: Any) -> tuple[Hashable, ...]:
@@ -124,6 +125,12 @@ def across_devices(
     return out
 
 
+def everywhere(flag: Array) -> Array:
+    """Is it true on all devices? A branch that sums over devices has to be taken by all or by none."""
+    (broken,) = across_devices([(~flag).astype(jnp.int32)], [varying_axes(flag)], lax.psum)
+    return broken == 0
+
+
 @jax.custom_jvp
 def as_if(value: Array, source: Array) -> Array:
     """``value``, with the derivative of ``source``."""
@@ -148,14 +155,14 @@ def apart(*parts: Array) -> tuple[Array, ...]:
 
 
 def positive(gap: Callable[..., Array], *parts: Array) -> Array:
-    """1 where ``gap(*parts) > 0``, else 0, NaN where it is NaN, to be summed.
+    """1 where ``gap(*parts) > 0``, else 0, to be summed; NaN where it is NaN, less below 2^-126.
 
     In arithmetic that XLA's fast sums on CPU take in. They know neither comparison nor choice, whose
     result is then written to memory first.
     """
     dtype = accumulator(parts)
     constants = [jnp.asarray(c, dtype) for c in (0, 1, 1 / float(jnp.finfo(dtype).smallest_normal))]
-    *own, zero, one, huge = apart(*parts, *constants)
+    *own, zero, one, huge = apart(*lax.stop_gradient(parts), *constants)
     return jnp.minimum(jnp.maximum(gap(*(widen(x, dtype) for x in own)), zero) * huge, one)
 
 
@@ -200,7 +207,7 @@ def applied(p: Array, u: Array) -> Array:
     """``p + u`` as `optax.apply_updates` rounds it."""
     wide = _common(p, u)
     total = p.astype(wide) + u.astype(wide)
-    if p.dtype == jnp.bfloat16:
+    if p.dtype == jnp.bfloat16 and total.dtype.itemsize <= 4:
         return lax.reduce_precision(total.astype(jnp.float32), 8, 7).astype(p.dtype)
     # XLA may keep what it computes next in more than 16 bits.
     return (

@@ -1,12 +1,12 @@
 """What a transform writes into its state for `metrics` to read."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from optax_clip._numerics import across_devices, devices, mapped_over
+from optax_clip._numerics import across_devices, cond, devices, mapped_over
 from optax_clip._trees import place_like
 from optax_clip._validate import AxisName
 
@@ -36,7 +36,7 @@ def record(
         "norm_before": before,
         "norm_after": after,
         "threshold": threshold,
-        "fraction": jnp.where(finite, fraction, 0),
+        "fraction": jnp.where(finite & (fraction > 0), fraction, 0),
     }
     counts: dict[str, Array | bool] = {
         "steps": True,
@@ -49,13 +49,26 @@ def record(
     return place_like(new, last)
 
 
-def share(flags: Sequence[Array], axis_name: AxisName = None) -> Array:
-    """The share of True, or of 1, among all entries of some arrays, wherever they are."""
+def share(
+    flags: Sequence[Array],
+    axis_name: AxisName = None,
+    exactly: Callable[[], Sequence[Array]] | None = None,
+) -> Array:
+    """The share of True, or of 1, among all entries of some arrays, wherever they are.
+
+    Where a flag is NaN, ``exactly`` gives the flags anew, from comparisons, which are slower.
+    """
     names = [mapped_over(axis_name, x) for x in flags]
-    marked = across_devices([jnp.sum(x, dtype=jnp.float32) for x in flags], names, lax.psum)
-    sizes = [x.size * devices(axes) for x, axes in zip(flags, names, strict=True)]
-    number: Array = functools.reduce(jnp.add, marked, jnp.float32(0))
-    return number / max(sum(sizes), 1)
+    size = max(sum(x.size * devices(axes) for x, axes in zip(flags, names, strict=True)), 1)
+
+    def counted(flags: Sequence[Array]) -> Array:
+        marked = [jnp.sum(x, dtype=jnp.float32) for x in flags]
+        return functools.reduce(jnp.add, across_devices(marked, names, lax.psum), jnp.float32(0))
+
+    number = counted(flags)
+    if exactly is not None:
+        number = cond(jnp.isnan(number), lambda: counted(exactly()), lambda: number)
+    return number / size
 
 
 def increment(count: Array, happened: Array | bool = True) -> Array:

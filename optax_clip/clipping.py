@@ -475,9 +475,13 @@ def _length(x: Array, low: Array, high: Array) -> Array:
 
 
 def _outside(x: Array, low: Array, high: Array) -> Array:
-    """1 where an entry is outside, else 0; there is nothing outside of inf."""
-    most = float(jnp.finfo(high.dtype).max)
-    ends = jnp.maximum(low, -most), jnp.minimum(high, most)
+    """1 where an entry is outside, else 0; infinity counts as the largest number, on both sides."""
+    most = jnp.asarray(jnp.finfo(high.dtype).max, high.dtype)
+    ends = jnp.maximum(low, -most), jnp.minimum(high, most), most
     if jnp.iscomplexobj(x):
-        return positive(lambda x, _, high: jnp.abs(x) - high, x, *ends)
-    return positive(lambda x, low, high: jnp.maximum(x - high, low - x), x, *ends)
+        return positive(lambda x, _, high, most: jnp.minimum(jnp.abs(x), most) - high, x, *ends)
+    return positive(
+        lambda x, low, high, most: jnp.maximum(jnp.minimum(x, most) - high, low - jnp.maximum(x, -most)),
+        x,
+        *ends,
+    )

@@ -18,6 +18,7 @@ from optax_clip._numerics import (
     apart,
     cond,
     devices,
+    everywhere,
     mapped_over,
     power_of_two,
     scale,
@@ -228,7 +229,7 @@ def measure(
 
     trusted = [~jnp.any(below | above) for below, above in zip(low, high, strict=True)]
     return cond(
-        functools.reduce(operator.and_, trusted, True),
+        everywhere(functools.reduce(operator.and_, trusted, jnp.array(True))),
         lambda: [Norm.of(r) for r in root(sums)],
         by_size if p == 2 else by_peak,
     )

@@ -108,8 +108,9 @@ def project_weights(
         are in the set: exactly for boxes, at most the radius in float64 for norm balls, within 4 eps
         for the others. A weight that was going to land inside keeps its update bit for bit, and updates
         keep their dtype. Updates in a narrower dtype than the weights cannot reach every set from far
-        outside at once. Metrics: ``distance``, how far the projection moved the weights in the
-        2-norm, ``fraction``, the share of entries that it moved, and ``steps``.
+        outside at once. Metrics: ``distance``, the 2-norm of what it changed in the updates,
+        which is how far it moved the weights but for their rounding, ``fraction``, the share of entries
+        that it changed, and ``steps``.
 
     Raises:
         TypeError: if the constraint is neither a set nor callable, or ``every`` not an integer.
@@ -237,10 +238,7 @@ def mask_outward(
         ]
         kept = [jnp.where(h, 0, g) for h, g in zip(held, layout.measured, strict=True)]
         recorded = {
-            f"{name}/fraction": share(
-                [positive(_gap, g, k) for g, k in zip(layout.measured, kept, strict=True)],
-                constraint.axis_name,
-            ),
+            f"{name}/fraction": share(held, constraint.axis_name),
             f"{name}/steps": increment(state.recorded[f"{name}/steps"]),
         }
         return layout.rebuild(kept), ProjectState(recorded, ())
@@ -304,12 +302,14 @@ def _project_updates(
         for p, u, s, t in zip(weights, wanted, reached, targets, strict=True)
     ]
     pairs = list(zip(wanted, landed, strict=True))
-    marks = [positive(_gap, *pair) for pair in pairs]
-    if memory.marks is not None:
-        marks = memory.marks(nearest, new)
+
+    def differ() -> list[Array]:
+        return [u != v for u, v in pairs] if memory.marks is None else memory.marks(nearest, new)
+
+    moved = [positive(_gap, *pair) for pair in pairs] if memory.marks is None else differ()
     whole = Layout.of(landed, "global", constraint.axis_name)
     distance = measure(whole, ord=None, parts=pairs, read=_gap)[0].value.astype(jnp.float32)
-    return _Projected(layout.rebuild(landed), distance, share(marks, constraint.axis_name)), new
+    return _Projected(layout.rebuild(landed), distance, share(moved, constraint.axis_name, differ)), new
 
 
 def _gap(x: Array, y: Array) -> Array:

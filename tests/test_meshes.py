@@ -244,6 +244,39 @@ def test_units_inside_shard_map():
     assert_close(run(P(None, "i"), ()), expected)  # Each device has whole units.
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e25])
+def test_one_device_alone_needs_the_careful_sum(size):
+    """All devices take the branch that sums over them, or they would wait for each other for ever."""
+    kernel = jnp.asarray(np.random.default_rng(5).normal(size=(4, 8)), jnp.float32).at[:, 3].set(size)
+    tree = {"kernel": kernel, "bias": jnp.ones(8)}
+    specs = {"kernel": P(None, "i"), "bias": P("i")}
+    tx = oc.clip_by_norm(0.5, scope="unit", axis_name=())
+    state = tx.init(tree)
+    run = jax.shard_map(tx.update, mesh=rows_mesh(), in_specs=(specs, P()), out_specs=(specs, P()))
+    updates, _ = jax.jit(run)(tree, state)
+    expected, _ = oc.clip_by_norm(0.5, scope="unit").update(tree, state)
+    assert_close(updates, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_mesh_axis_of_size_one(dtype):
+    """A sum that keeps a dimension drops the name of a mesh axis of size 1 from it."""
+    mesh = jax.make_mesh((8, 1), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    x = jnp.asarray(np.arange(1, 9).reshape(8, 1), dtype)
+    placed = jax.device_put(x, NamedSharding(mesh, P("x", "y")))
+    for tx in (
+        oc.clip_by_norm(2.0, scope=1),
+        project(oc.norm_ball(2.0, scope=1)),
+        project(oc.norm_ball(2.0, ord=1, scope=1)),
+        project(oc.simplex(2.0, scope=1)),
+    ):
+        with jax.set_mesh(mesh):
+            updates, _ = jax.jit(tx.update)(placed, tx.init(placed), placed)
+        expected, _ = jax.jit(tx.update)(x, tx.init(x), x)
+        assert_close(updates, expected)
+        assert updates.sharding.is_equivalent_to(placed.sharding, 2)
+
+
 UNTYPED = {
     "global": lambda **more: oc.clip_by_global_norm(1.0, **more),
     "leaf": lambda **more: oc.clip_by_norm(1.0, **more),

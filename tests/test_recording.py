@@ -16,7 +16,9 @@ from optax_clip import (
     clip_by_global_norm,
     clip_by_norm,
     clip_by_value,
+    mask_outward,
     metrics,
+    non_negative,
     norm_ball,
     normalize_by_norm,
     project_weights,
@@ -281,3 +283,50 @@ def test_nnx_states():
     ):
         assert all(isinstance(x, jax.Array) for x in found.values())
         chex.assert_trees_all_close(found, expected)
+
+
+# --- The share, where an entry is not finite -------------------------------------------------------
+
+
+def said(tx, grads, params, jit):
+    update = jax.jit(tx.update) if jit else tx.update
+    return metrics(update(grads, tx.init(params), params)[1])
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jitted"])
+def test_the_share_is_a_number_beside_inf_and_nan(jit):
+    """What is not finite spoils no count: NaN differs from itself, an infinite entry may be inside."""
+    nan, inf = jnp.nan, jnp.inf
+    params = jnp.array([0.5, 0.5, 0.5, 0.5])
+    spoilt = jnp.array([nan, 1.0, -1.0, 0.0])
+    huge = jnp.array([inf, 1.0, -1.0, 0.0])
+    outward = mask_outward(box(-1.0, 0.5))
+    assert said(outward, spoilt, params, jit)["outward/fraction"] == 0.25  # the third is held at 0.5
+    assert said(outward, huge, params, jit)["outward/fraction"] == 0.25
+    inside = project_weights(non_negative())
+    assert said(inside, huge, params, jit)["project/fraction"] == 0.25  # -0.5 only: inf is inside
+    assert said(inside, spoilt, params, jit)["project/fraction"] == 0.5  # and NaN
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jitted"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
+def test_nothing_is_outside_of_infinity(dtype, jit):
+    grads = jnp.array([jnp.inf, 1, 2], dtype)
+    found = said(clip_by_value(jnp.inf), grads, grads, jit)
+    assert found["clip/fraction"] == 0
+    assert found["clip/steps_clipped"] == 0
+    assert said(clip_by_value(1.5), grads, grads, jit)["clip/fraction"] == jnp.float32(2) / 3
+
+
+def test_the_share_for_a_limit_that_is_traced_and_nan():
+    clip = lambda limit: said(clip_by_value(limit), jnp.ones(2), jnp.ones(2), False)  # noqa: E731
+    assert jax.jit(clip)(jnp.nan)["clip/fraction"] == 0
+
+
+def test_a_share_has_no_derivative():
+    def share(grads):
+        return said(clip_by_value(1.0), grads, jnp.ones(2), False)["clip/fraction"]
+
+    grads = jnp.array([1.0, 0.3])  # the first at its limit
+    np.testing.assert_array_equal(jax.grad(share)(grads), [0, 0])
+    assert jax.jvp(share, (grads,), (10 * grads,))[1] == 0

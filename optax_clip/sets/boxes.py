@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from optax_clip import _validate
-from optax_clip._numerics import accumulator, as_dtype, clamp, positive, round_down, round_up, widen
+from optax_clip._numerics import accumulator, as_dtype, clamp, round_down, round_up, widen
 from optax_clip._trees import Layout, path_string, place_like, shape_of
 from optax_clip._validate import AxisName
 from optax_clip.sets.constraint import (
@@ -185,10 +185,7 @@ def init_box(kappa: ArrayLike, *, axis_name: AxisName = None) -> Constraint:
 
     def at_bound(params: optax.Params, bounds: tuple[Any, ...]) -> list[Array]:
         layout, highs = ends(params, bounds)
-        return [
-            1 - positive(lambda x, high: high - jnp.abs(x), x, high)
-            for x, high in zip(layout.measured, highs, strict=True)
-        ]
+        return [jnp.abs(x) >= high for x, high in zip(layout.measured, highs, strict=True)]
 
     return Constraint(no_start, no_start, memory=Memory(init, nearest, at_bound), axis_name=axis_name)
 
