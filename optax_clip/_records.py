@@ -63,7 +63,9 @@ def share(
 
     def counted(flags: Sequence[Array]) -> Array:
         marked = [jnp.sum(x, dtype=jnp.float32) for x in flags]
-        return functools.reduce(jnp.add, across_devices(marked, names, lax.psum), jnp.float32(0))
+        parts = across_devices(marked, names, lax.psum)
+        total: Array = functools.reduce(jnp.add, parts, jnp.float32(0))
+        return total
 
     number = counted(flags)
     if exactly is not None:
