@@ -24,7 +24,14 @@ from benchmarks._timing import Row, line
 
 DEVICES = 8
 MANY = 1000  # leaves at which the scopes that keep a dimension take many minutes to compile
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+KINDS = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 CLIPS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "no clip": optax.identity,
     "optax.clip_by_global_norm": lambda: optax.clip_by_global_norm(1.0),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from optax_clip._validate import AxisName
+from optax_clip._validate import AxisName, axis_names
 
 T = TypeVar("T")
 
@@ -99,7 +99,7 @@ def devices(names: tuple[Hashable, ...]) -> int:
 
 def mapped_over(axis_name: AxisName, x: Any = 0.0) -> tuple[Hashable, ...]:
     """The mapped axes to reduce ``x`` over: those given, and those that its type names."""
-    given = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    given = axis_names(axis_name)
     try:
         devices(given)
     except NameError:
@@ -209,12 +209,9 @@ def applied(p: Array, u: Array) -> Array:
     total = p.astype(wide) + u.astype(wide)
     if p.dtype == jnp.bfloat16 and total.dtype.itemsize <= 4:
         return lax.reduce_precision(total.astype(jnp.float32), 8, 7).astype(p.dtype)
+    rounded = total.astype(p.dtype)
     # XLA may keep what it computes next in more than 16 bits.
-    return (
-        lax.optimization_barrier(total.astype(p.dtype))
-        if p.dtype.itemsize < 4
-        else total.astype(p.dtype)
-    )
+    return lax.optimization_barrier(rounded) if p.dtype.itemsize < 4 else rounded
 
 
 def _common(p: Array, u: Array) -> Any:

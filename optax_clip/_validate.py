@@ -114,11 +114,15 @@ def scope(scope: Any) -> None:
         )
 
 
+def axis_names(axis_name: AxisName) -> tuple[Hashable, ...]:
+    """A name, or several, or none, as a tuple."""
+    return () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
+
+
 def axes(**named: Any) -> None:
     """Each value is None, the name of a mapped axis, or a tuple of names."""
     for name, x in named.items():
-        names = () if x is None else x if isinstance(x, tuple) else (x,)
-        if not all(isinstance(each, Hashable) and each is not None for each in names):
+        if not all(isinstance(each, Hashable) and each is not None for each in axis_names(x)):
             raise TypeError(f"Expected {name} to be a name or a tuple of names, got {name}={x!r}.")
 
 

@@ -325,7 +325,7 @@ def clip_by_value(
             finite=~jnp.isnan(before.root),
             axis_name=axis_name,
         )
-        clipped = [_clamp(x, low, high) for x in layout.measured]
+        clipped = [_clamp(*each) for each in ends]
         return layout.rebuild(clipped), ClipState(recorded, rule_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -454,9 +454,9 @@ def _inwards(x: Array, low: Array, high: Array) -> tuple[Array, Array]:
 
 
 def _clamp(x: Array, low: Array, high: Array) -> Array:
-    """Each entry into [low, high], by modulus if complex; bounds rounded inwards to the dtype."""
+    """Each entry into [low, high], by modulus if complex; for bounds that the dtype can hold."""
     if not jnp.iscomplexobj(x):
-        return clamp(x, round_up(low, x.dtype), round_down(high, x.dtype))
+        return clamp(x, low, high)
     # Near modulus 1, as that of what is finite may not be; an infinite part alone is a direction.
     ends = [jnp.where(jnp.isinf(part), jnp.sign(part), 0) for part in (x.real, x.imag)]
     infinite = jnp.isinf(x.real) | jnp.isinf(x.imag)

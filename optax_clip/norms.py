@@ -189,9 +189,11 @@ def measure(
 
     def leaves(*factors: list[Array]) -> list[Array]:
         given = [(x,) for x in layout.measured] if parts is None else parts
-        own = [apart(*each, *more) for each, *more in zip(given, *factors, strict=True)]
-        n = len(own[0]) - len(factors) if own else 0
-        return [scale(widen(read(*each[:n]), dtype), *each[n:]) for each in own]
+        return [leaf(*each) for each in zip(given, *factors, strict=True)]
+
+    def leaf(own: tuple[Array, ...], *factors: Array) -> Array:
+        both = apart(*own, *factors)
+        return scale(widen(read(*both[: len(own)]), dtype), *both[len(own) :])
 
     def pool(terms: list[Array], *, p: float) -> list[Array]:
         return pool_scopes(layout, terms, dtype, maximum=p == math.inf)
@@ -388,7 +390,5 @@ def scope_sizes(layout: Layout) -> list[Any]:
 
 def all_finite(norms: Sequence[Norm]) -> Array:
     """Is every entry finite? A finite norm beyond the dtype still has a finite root."""
-    names = [varying_axes(norm.root) for norm in norms]
-    broken = [jnp.any(~jnp.isfinite(norm.root)).astype(jnp.int32) for norm in norms]
-    counts = across_devices(broken, names, lax.psum)
-    return functools.reduce(jnp.logical_and, [count == 0 for count in counts], jnp.array(True))
+    finite = [jnp.all(jnp.isfinite(norm.root)) for norm in norms]
+    return everywhere(functools.reduce(operator.and_, finite, jnp.array(True)))

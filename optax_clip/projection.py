@@ -302,14 +302,14 @@ def _project_updates(
         for p, u, s, t in zip(weights, wanted, reached, targets, strict=True)
     ]
     pairs = list(zip(wanted, landed, strict=True))
-
-    def differ() -> list[Array]:
-        return [u != v for u, v in pairs] if memory.marks is None else memory.marks(nearest, new)
-
-    moved = [positive(_gap, *pair) for pair in pairs] if memory.marks is None else differ()
+    if memory.marks is None:
+        moved = [positive(_gap, *pair) for pair in pairs]
+        fraction = share(moved, constraint.axis_name, lambda: [u != v for u, v in pairs])
+    else:
+        fraction = share(memory.marks(nearest, new), constraint.axis_name)
     whole = Layout.of(landed, "global", constraint.axis_name)
     distance = measure(whole, ord=None, parts=pairs, read=_gap)[0].value.astype(jnp.float32)
-    return _Projected(layout.rebuild(landed), distance, share(moved, constraint.axis_name, differ)), new
+    return _Projected(layout.rebuild(landed), distance, fraction), new
 
 
 def _gap(x: Array, y: Array) -> Array:

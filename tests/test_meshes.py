@@ -2,8 +2,6 @@
 
 import functools
 import math
-import re
-from collections import Counter
 from pathlib import Path
 
 import jax
@@ -16,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_clip as oc
+from benchmarks.collectives import collectives
 from test_readme import sections
 
 ROOT = Path(__file__).parents[1]
@@ -72,19 +71,6 @@ TRANSFORMS = {
     "simplex": (lambda: project(oc.simplex(1.0)), 10, 8),
     "mask_outward": (lambda: oc.mask_outward(oc.box(-0.5, 0.5)), 2, 0),
 }
-
-
-def collectives(program):
-    """What an HLO text sends on every step's way, and what in its branches and loops."""
-    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
-    always, sometimes = Counter(), Counter()
-    found = always
-    for line in program.splitlines():
-        if line and not line[0].isspace() and line.endswith("{"):
-            found = always if line.startswith("ENTRY") else sometimes
-        if kind := re.search(rf" ({kinds})(?:-start)?\(", line):
-            found[kind[1]] += 1
-    return always, sometimes
 
 
 def compiled(tx, mesh):

@@ -1,6 +1,7 @@
 """Sets on which entries sum up: the simplex and the ball of order 1, by root finding."""
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +12,11 @@ from jax import Array, lax
 from optax_clip import _validate
 from optax_clip._numerics import (
     accumulator,
-    across_devices,
     as_if,
     broadcast_like,
+    everywhere,
     scale,
     shorten,
-    varying_axes,
     widen,
 )
 from optax_clip._trees import Layout
@@ -221,7 +221,4 @@ def _real(layout: Layout) -> Layout:
 
 def _anywhere(flags: list[Array]) -> Array:
     """Is one of them true, on any device?"""
-    counts = across_devices(
-        [f.astype(jnp.int32) for f in flags], [varying_axes(f) for f in flags], lax.psum
-    )
-    return functools.reduce(jnp.logical_or, [count > 0 for count in counts], jnp.array(False))
+    return ~everywhere(functools.reduce(operator.and_, [~f for f in flags], jnp.array(True)))
