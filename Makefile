@@ -6,15 +6,16 @@ VENV = .venv
 PYTEST_ARGS = -n 2
 
 BIN = $(VENV)/bin
+NBMAKE = $(BIN)/python -m pytest -W default --nbmake
 PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo sweep test bench notebooks doctest lint types format dev clean
+.PHONY: help demo sweep test bench notebooks notebooks-full docs dist doctest lint types format dev clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.demo  ## train a small model with and without bounds, draw demo.png
 	$(BIN)/python -m benchmarks.demo
@@ -28,8 +29,20 @@ test: $(VENV)/.test  ## run the tests
 bench: $(VENV)/.bench  ## measure against Optax's own transforms, draw bench.png
 	$(BIN)/python -m benchmarks
 
-notebooks: $(VENV)/.notebooks  ## run the notebooks
-	$(BIN)/python -m pytest --nbmake -W default notebooks
+notebooks: $(VENV)/.notebooks  ## run the notebooks in their fast setting, and leave them as they are
+	NOTEBOOKS_FAST=1 $(NBMAKE) notebooks
+
+notebooks-full: $(VENV)/.notebooks  ## run them in full and keep the outputs, a quarter of an hour
+	env -u NOTEBOOKS_FAST $(NBMAKE) --overwrite --nbmake-timeout=1200 notebooks
+
+docs: $(VENV)/.docs  ## build the guides, the reference and the notebooks as pages
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
+
+dist: $(VENV)/.dist  ## build the sdist and the wheel, and check their metadata
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
 
 doctest: $(VENV)/.test  ## run the examples in the docstrings
 	$(BIN)/python -m pytest --doctest-modules optax_clip
@@ -49,7 +62,7 @@ dev: $(VENV)/.dev  ## install everything that a developer needs
 	@echo "Ready: . $(BIN)/activate"
 
 clean:  ## remove the environments and all that was built
-	rm -rf .venv .venv-* $(VENV) build dist demo.png sweep.png bench.json bench.png
+	rm -rf .venv .venv-* $(VENV) build dist docs/_build docs/notebooks demo.png sweep.png bench.json bench.png
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 
 import optax_clip as oc
 from benchmarks.collectives import collectives
-from test_readme import sections
 
 ROOT = Path(__file__).parents[1]
 MESH = {"x": 4, "y": 2}
@@ -368,17 +367,3 @@ def test_a_norm_for_each_of_the_scanned_layers():
             norm = np.linalg.norm(before.astype(np.float64))
             np.testing.assert_allclose(layer, before * min(1, 1 / norm), rtol=1e-5, atol=1e-7)
     assert 0 < oc.metrics(state)["clip/fraction"] <= 1
-
-
-# --- The page ------------------------------------------------------------------------------------
-
-PAGE = ROOT / "docs/meshes.md"
-CODE = sections(PAGE.read_text("utf-8"))
-
-
-@pytest.mark.parametrize("heading", CODE)
-def test_the_page(heading):
-    """A sharded transformer block, donated: the losses and metrics of one device."""
-    code = compile(CODE[heading], str(PAGE), "exec")
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        exec(code, {"__name__": "__main__"})

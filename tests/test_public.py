@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 import optax_clip
 from registry import ROWS
 
+ROOT = Path(__file__).parents[1]
 NAMES = optax_clip.__all__
 # Functions and classes that a person calls; `metrics` reads, the others make or measure.
 OBJECTS = {name: getattr(optax_clip, name) for name in NAMES}
@@ -66,4 +68,13 @@ def test_transforms_share_their_words(name):
 
 
 def test_version():
-    assert optax_clip.__version__ == importlib.metadata.version("optax_clip")
+    version = optax_clip.__version__
+    assert version == importlib.metadata.version("optax_clip")
+    assert f"\n## [{version}] - " in (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reference_has_every_name(name):
+    pages = "".join(page.read_text("utf-8") for page in ROOT.glob("docs/api/*.md"))
+    assert re.search(rf"\n.. auto(function|class):: {name}\n", pages)

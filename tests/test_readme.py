@@ -1,4 +1,4 @@
-"""The README: its Python code runs, and it names everything public.
+"""The README and the guides: their Python code runs, and the README names everything public.
 
 The blocks under one heading run in order and share their names, as a reader would paste them; each
 heading starts afresh. A block right after the line `<!-- skip -->` is left out.
@@ -12,7 +12,8 @@ import pytest
 
 import optax_clip
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 
 
 def sections(text: str) -> dict[str, str]:
@@ -33,15 +34,18 @@ def sections(text: str) -> dict[str, str]:
     return {heading: "\n".join(code) for heading, code in found.items()}
 
 
-SECTIONS = sections(README.read_text("utf-8"))
+CODE = {
+    f"{page.stem}: {heading}": compile(code, str(page), "exec")
+    for page in [README, *sorted(ROOT.glob("docs/*.md"))]
+    for heading, code in sections(page.read_text("utf-8")).items()
+}
 
 
-@pytest.mark.parametrize("heading", SECTIONS)
-def test_code_runs(heading, tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", CODE)
+def test_code_runs(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = compile(SECTIONS[heading], str(README), "exec")
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        exec(code, {"__name__": "__main__"})
+        exec(CODE[place], {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("name", [n for n in optax_clip.__all__ if n != "__version__"])

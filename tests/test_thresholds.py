@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 from pathlib import Path
 
 import jax
@@ -407,13 +406,6 @@ def test_sizes_near_the_ends_of_the_range(name, size):
 # --- The page about them -------------------------------------------------------------------------
 
 PAGE = (Path(__file__).parents[1] / "docs" / "thresholds.md").read_text("utf-8")
-
-
-def test_code_of_the_page_runs():
-    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "docs/thresholds.md", "exec"), {"__name__": "__main__"})
 
 
 def test_the_table_of_the_page_is_what_the_program_prints():

@@ -163,7 +163,7 @@ def norm_shell(
         [ 9. 12.]
 
     References:
-        Keras, `MinMaxNorm`, https://keras.io/api/layers/constraints
+        Keras, ``MinMaxNorm``, https://keras.io/api/layers/constraints
     """
     settings(functools.partial(_validate.at_least, 0), lower=lower, upper=upper)
     settings(_validate.finite, lower=lower)
