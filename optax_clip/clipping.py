@@ -118,7 +118,8 @@ def clip_by_norm(
             axis), the axes to reduce, or a callable ``(path, leaf) -> one of these but "global"``.
         ord: ``None`` or 2, 1, ``math.inf``, a float p >= 1, or ``"rms"``. Static.
         nonfinite: ``"propagate"``: an inf or NaN entry anywhere makes every inexact leaf NaN, so that
-            `optax.apply_if_finite` or a loss check sees it. ``"zero"``: it makes every inexact leaf 0.
+            a loss check sees it, or `optax.apply_if_finite` around what comes after the clip (around
+            the clip it hides such a step from the metrics). ``"zero"``: it makes every inexact leaf 0.
         axis_name: mapped axes to sum over, as in `global_norm`.
         name: prefix of the metrics.
 
