@@ -148,7 +148,7 @@ def _turn(x: Array, length: Array) -> Array:
 def _cut(layout: Layout, terms: list[Array], totals: list[Array]) -> list[Array]:
     """``max(t - θ, 0)`` with θ such that each scope sums to its total.
 
-    Newton's steps from below never pass θ, and end when no entry falls out any more. Taken from the
+    Newton's steps from below never pass θ nor go back, and end when no entry falls out any more. Taken from the
     largest entry, all that matters is small, however far from 0 the entries are. The steps are
     constants to derivatives; one more step after them has the derivative of θ.
     """
@@ -173,7 +173,9 @@ def _cut(layout: Layout, terms: list[Array], totals: list[Array]) -> list[Array]
     def newton(thetas: list[Array], depths: list[Array]) -> list[Array]:
         def body(carry: tuple[Any, Any, Array]) -> tuple[Any, Any, Array]:
             thetas, last, _ = carry
-            new, counts = step(thetas, depths, goals)
+            moved, counts = step(thetas, depths, goals)
+            # A rounding may take θ back, and an entry in and out for ever.
+            new = [jnp.maximum(*pair) for pair in zip(thetas, moved, strict=True)]
             fewer = [jnp.any(c < n) for c, n in zip(counts, last, strict=True)]
             return new, counts, _anywhere(fewer)
 
