@@ -220,7 +220,7 @@ def _common(p: Array, u: Array) -> Any:
         return jnp.promote_types(p.dtype, u.dtype)
 
 
-def land(p: Array, u: Array, reached: Array, target: Array, *, shrinks: bool) -> Array:
+def land(p: Array, u: Array, reached: Array, target: Array, *, shrinks: bool | None) -> Array:
     """An update in the dtype of ``u`` that takes ``p`` to ``target``, in the set after rounding.
 
     ``target - p`` rounds, and so does the sum: one neighbouring step of the update mends a miss.
@@ -232,8 +232,9 @@ def land(p: Array, u: Array, reached: Array, target: Array, *, shrinks: bool) ->
         reached: ``p + u`` as it rounds.
         target: where they shall be, in the dtype of ``p``.
         shrinks: whether the set stays a set when entries shrink; it is then missed where the sum is
-            longer than the target. Otherwise it is missed where the sum ends on the side of the
-            target that ``reached`` was on.
+            longer than the target. If not, it is missed where the sum ends on the side of the target
+            that ``reached`` was on. None: it has no inside, so the nearest sum is the best one, and
+            steps to one side would add up.
     """
     if jnp.iscomplexobj(p):
         parts = [[part(x) for x in (p, u, reached, target)] for part in (jnp.real, jnp.imag)]
@@ -247,5 +248,6 @@ def land(p: Array, u: Array, reached: Array, target: Array, *, shrinks: bool) ->
     else:
         missed = (probe > target) & (reached > target) | (probe < target) & (reached < target)
         towards = jnp.where(reached > target, -jnp.inf, jnp.inf).astype(u.dtype)
-    new = jnp.where(missed, nextafter(new, towards), new)
+    if shrinks is not None:
+        new = jnp.where(missed, nextafter(new, towards), new)
     return jnp.where(reached == target, as_if(u, new), new)

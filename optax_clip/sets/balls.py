@@ -104,7 +104,9 @@ def norm_sphere(
 
     Returns:
         A set for `project_weights`, `project` and `violation`. The norm is within 4 eps of r, the eps
-        of the dtype of the leaf. A zero vector has no direction and stays 0.
+        of the dtype of the leaf, after an update from near it; from weights ten times larger and more
+        after the second one. A zero vector has no direction and stays 0: start 16-bit weights that are
+        hundreds of times too large from `project`, since an update can round them to 0.
 
     Raises:
         ValueError: for a negative, infinite or NaN radius, or an unknown scope.
@@ -126,7 +128,7 @@ def norm_sphere(
     bounds: Bounds = {"radius": radius}, {"radius": radius}
     cut = functools.partial(Layout.of, scope=scope, axis_name=axis_name)
     nearest = _by_norm(cut, *bounds, sphere=True)
-    return Constraint(nearest, _norm_excess(cut, *bounds), axis_name=axis_name)
+    return Constraint(nearest, _norm_excess(cut, *bounds), shrinks=None, axis_name=axis_name)
 
 
 def norm_shell(

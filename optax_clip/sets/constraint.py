@@ -44,7 +44,8 @@ class Constraint(NamedTuple):
         nearest: ``params -> params``, the projection, in the dtype of each leaf. A leaf that is inside
             comes back bit for bit.
         excess: ``params -> scalar``, how far outside; 0 inside.
-        shrinks: whether the set stays a set when entries shrink towards 0.
+        shrinks: whether the set stays a set when entries shrink towards 0; None if it has no inside,
+            like a sphere, so that no side is the better one to land on.
         memory: for a set that remembers, such as `init_box`; `project_weights` then keeps it.
         entrywise: whether each entry is bounded on its own, as in a box.
         axis_name: mapped axes that the metrics are summed over, as in `global_norm`.
@@ -64,7 +65,7 @@ class Constraint(NamedTuple):
 
     nearest: Callable[[optax.Params], optax.Params]
     excess: Callable[[optax.Params], Array]
-    shrinks: bool = False
+    shrinks: bool | None = False
     memory: Memory | None = None
     entrywise: bool = False
     axis_name: AxisName = None

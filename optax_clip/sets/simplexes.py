@@ -111,7 +111,7 @@ def simplex(total: Setting = 1.0, *, scope: Scope = "leaf", axis_name: AxisName 
         ]
         return largest([jnp.maximum(x, 0) for x in outside])
 
-    return Constraint(nearest, excess, axis_name=axis_name)
+    return Constraint(nearest, excess, shrinks=None, axis_name=axis_name)
 
 
 def l1_ball(radius: Setting, cut: Cut) -> Callable[[Any], Any]:
