@@ -106,11 +106,11 @@ def project_weights(
     Returns:
         A transform whose update needs ``params``. After `optax.apply_updates` has rounded, the weights
         are in the set: exactly for boxes, at most the radius in float64 for norm balls, within 4 eps
-        for the others, from far outside after the second step. A weight that was going to land inside keeps its update bit for bit, and updates
-        keep their dtype. Updates in a narrower dtype than the weights cannot reach every set from far
-        outside at once. Metrics: ``distance``, the 2-norm of what it changed in the updates,
-        which is how far it moved the weights but for their rounding, ``fraction``, the share of entries
-        that it changed, and ``steps``.
+        for the others, from far outside after the second step. A weight that was going to land inside
+        keeps its update bit for bit, and updates keep their dtype. Updates in a narrower dtype than the
+        weights cannot reach every set from far outside at once. Metrics: ``distance``, the 2-norm of
+        what it changed in the updates, which is how far it moved the weights but for their rounding,
+        ``fraction``, the share of entries that it changed, and ``steps``.
 
     Raises:
         TypeError: if the constraint is neither a set nor callable, or ``every`` not an integer.

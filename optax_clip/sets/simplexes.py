@@ -148,9 +148,9 @@ def _turn(x: Array, length: Array) -> Array:
 def _cut(layout: Layout, terms: list[Array], totals: list[Array]) -> list[Array]:
     """``max(t - θ, 0)`` with θ such that each scope sums to its total.
 
-    Newton's steps from below never pass θ nor go back, and end when no entry falls out any more. Taken from the
-    largest entry, all that matters is small, however far from 0 the entries are. The steps are
-    constants to derivatives; one more step after them has the derivative of θ.
+    Newton's steps from below never pass θ nor go back, and end when no entry falls out any more. Taken
+    from the largest entry, all that matters is small, however far from 0 the entries are. The steps
+    are constants to derivatives; one more step after them has the derivative of θ.
     """
     peaks = [lax.stop_gradient(peak) for peak in _pool(layout, terms, maximum=True)]
     depths = [t - peak for t, peak in zip(terms, shares(layout, peaks), strict=True)]
