@@ -53,6 +53,10 @@ def test_names_everything_public(name):
     assert re.search(rf"`{name}\b", README.read_text("utf-8")), f"README.md does not mention {name}"
 
 
+def test_is_short():
+    assert len(README.read_text("utf-8").splitlines()) < 250
+
+
 def test_sections():
     text = """# A
 ```python
