@@ -52,10 +52,11 @@ def simplex(total: Setting = 1.0, *, scope: Scope = "leaf", axis_name: AxisName 
         axis_name: mapped axes to sum over, as in `tree_norms`.
 
     Returns:
-        A set for `project_weights`, `project` and `violation`. Entries are never negative; the sum is
-        within 4 eps of T, the eps of the dtype of the leaf, after an update from within the set or
-        near it. A scope with an inf or NaN entry is left as it is. The violation is the larger of the
-        error of the sum and of the most negative entry.
+        A set for `project_weights`, `project` and `violation`. Entries are never negative, unless
+        updates have a narrower dtype than the weights; the sum is within 4 eps of T, the eps of the
+        dtype of the leaf, after an update from within the set or near it. A scope with an inf or NaN
+        entry is left as it is. The violation is the larger of the error of the sum and of the most
+        negative entry.
 
     Raises:
         ValueError: for a negative, infinite or NaN total, an unknown scope, a complex leaf.
