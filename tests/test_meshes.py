@@ -2,7 +2,6 @@
 
 import functools
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 import optax_clip as oc
 from benchmarks.collectives import collectives
 
-ROOT = Path(__file__).parents[1]
 MESH = {"x": 4, "y": 2}
 SPECS = {"whole": P(), "rows": P("x"), "columns": P(None, "y"), "both": P("x", "y"), "half": P("x", "y")}
 SHAPES = {"whole": (6,), "rows": (8,), "columns": (3, 4), "both": (8, 4), "half": (8, 4)}

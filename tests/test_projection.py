@@ -165,13 +165,20 @@ def test_training_on_the_sphere_stays_within_4_eps(dtype):
     assert optax_clip.violation(params, constraint) <= 2 * 4 * eps(dtype)
 
 
-def test_landing_on_the_sphere_from_far_outside():
+@pytest.mark.parametrize(
+    ("constraint", "size"),
+    [
+        (optax_clip.norm_sphere(0.1, scope="unit"), lambda w: np.linalg.norm(w, axis=0)),
+        (optax_clip.simplex(0.1, scope="unit"), lambda w: w.sum(axis=0)),
+    ],
+    ids=["sphere", "simplex"],
+)
+def test_landing_from_far_outside_on_a_set_with_no_inside(constraint, size):
     """Weights ten times too large: roundings of their size, but to no one side, then 4 eps."""
     params = jax.random.normal(jax.random.key(0), (64, 64))
-    constraint = optax_clip.norm_sphere(0.1, scope="unit")
     for bound in (16, 4):
         params, _, _ = jax.jit(train_step, static_argnums=0)(constraint, params, jnp.zeros_like(params))
-        off = np.linalg.norm(wide(params), axis=0) / 0.1 - 1
+        off = size(wide(params)) / 0.1 - 1
         assert np.abs(off).max() <= bound * eps(jnp.float32)
         assert off.min() < 0 < off.max()
 

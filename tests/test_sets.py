@@ -163,12 +163,12 @@ def test_a_broken_scope_is_left_as_it_is(broken):
 
 def test_newton_ends_where_two_scopes_take_turns():
     """Rounding took an entry in and out of each column, in turns, so that one of them always moved."""
-    x, eps = np.zeros((64, 2), np.float32), np.finfo(np.float32).eps
+    x = np.zeros((64, 2), np.float32)
     x[[0, 2, 5], 0] = 0.06118273735046387, 0.3364419937133789, 0.6023750305175781
     x[[1, 3, 4], 1] = 0.591895580291748, 0.2495424747467041, 0.15856170654296875
     y = jax.jit(lambda x: optax_clip.project(x, optax_clip.simplex(scope="unit")))(x)
-    np.testing.assert_allclose(y, x, atol=4 * eps)
-    np.testing.assert_allclose(wide(y).sum(axis=0), 1, atol=4 * eps)
+    np.testing.assert_allclose(y, x, atol=4 * eps(F32))
+    np.testing.assert_allclose(wide(y).sum(axis=0), 1, atol=4 * eps(F32))
 
 
 DIFFERENTIABLE = {
