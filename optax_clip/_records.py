@@ -1,79 +1,172 @@
-"""What a transform writes into its state for `metrics` to read."""
+"""What a transform writes into its state for `metrics` to read, and the one place that knows its layout."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import optax
 from jax import Array, lax
 
-from optax_clip._numerics import across_devices, cond, devices, mapped_over
-from optax_clip._trees import place_like
+from optax_clip import _validate
+from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes
 from optax_clip._validate import AxisName
 
-
-def first_record(name: str) -> dict[str, Array]:
-    gauges = ("norm_before", "norm_after", "threshold", "fraction")
-    counters = ("steps", "steps_clipped", "steps_nonfinite")
-    return {f"{name}/{key}": jnp.zeros((), jnp.float32) for key in gauges} | {
-        f"{name}/{key}": jnp.zeros((), jnp.int32) for key in counters
-    }
-
-
-def record(
-    last: dict[str, Array],
-    name: str,
-    *,
-    before: Array,
-    after: Array,
-    threshold: Array,
-    over: Sequence[Array],
-    finite: Array,
-    axis_name: AxisName = None,
-) -> dict[str, Array]:
-    """The metrics of one step. ``over`` says of each scope, or entry, whether it was clipped."""
-    fraction = share(over, axis_name)
-    gauges = {
-        "norm_before": before,
-        "norm_after": after,
-        "threshold": threshold,
-        "fraction": jnp.where(finite & (fraction > 0), fraction, 0),
-    }
-    counts: dict[str, Array | bool] = {
-        "steps": True,
-        "steps_clipped": finite & (fraction > 0),
-        "steps_nonfinite": ~finite,
-    }
-    new = {f"{name}/{key}": jnp.asarray(x).astype(jnp.float32) for key, x in gauges.items()}
-    for key, happened in counts.items():
-        new[f"{name}/{key}"] = increment(last[f"{name}/{key}"], happened)
-    return place_like(new, last)
+# The packed entries of a state, and the metrics that they hold in this order.
+GAUGES = {
+    "norms": ("norm_before", "norm_after", "threshold", "fraction"),
+    "values": ("value", "value_threshold"),
+    "moves": ("distance", "fraction"),
+    "share": ("fraction",),
+    "logits": ("max_logit", "fraction"),
+    "scope": ("norm_before", "norm_after", "threshold"),
+    "updates": ("updates",),
+    "params": ("params",),
+    "ratios": ("updates", "params", "ratio"),
+}
+COUNTERS = {
+    "counts": ("steps", "steps_clipped", "steps_nonfinite"),
+    "guarded": ("steps", "steps_clipped", "steps_nonfinite", "steps_skipped"),
+    "turns": ("steps",),
+    "signals": ("steps", "steps_nonfinite"),
+}
+FIELDS = GAUGES | COUNTERS
+PARTS = "by_part"  # below it, metrics by path or label
 
 
-def share(
-    flags: Sequence[Array],
-    axis_name: AxisName = None,
-    exactly: Callable[[], Sequence[Array]] | None = None,
-) -> Array:
-    """The share of True, or of 1, among all entries of some arrays, wherever they are.
+class RecordedState(NamedTuple):
+    """What a transform did (read it with `metrics`), and what it remembers.
 
-    Where a flag is NaN, ``exactly`` gives the flags anew, from comparisons, which are slower.
+    Every transform of this package has such a state, unless ``record=False`` and nothing to remember
+    leave an `optax.EmptyState`. It holds nothing but arrays in dicts, lists and tuples. To serialise a
+    program that takes it, tell JAX its name once:
+
+        >>> import jax
+        >>> from optax_clip import RecordedState
+        >>> _ = jax.export.register_namedtuple_serialization(
+        ...     RecordedState, serialized_name="optax_clip.RecordedState"
+        ... )
+
+    Args:
+        recorded: the metrics, packed; all zeros before the first step.
+        memory: what the next step needs: of a threshold rule, of a set, of a wrapped optimizer.
     """
-    names = [mapped_over(axis_name, x) for x in flags]
-    size = max(sum(x.size * devices(axes) for x, axes in zip(flags, names, strict=True)), 1)
 
-    def counted(flags: Sequence[Array]) -> Array:
-        marked = [jnp.sum(x, dtype=jnp.float32) for x in flags]
-        parts = across_devices(marked, names, lax.psum)
-        total: Array = functools.reduce(jnp.add, parts, jnp.float32(0))
-        return total
-
-    number = counted(flags)
-    if exactly is not None:
-        number = cond(jnp.isnan(number), lambda: counted(exactly()), lambda: number)
-    return number / size
+    recorded: dict[str, Any]
+    memory: Any
 
 
-def increment(count: Array, happened: Array | bool = True) -> Array:
+class Report(NamedTuple):
+    """What a step has to say: numbers by field, and what happened, to be counted."""
+
+    gauges: Mapping[str, Sequence[Any]]
+    happened: Mapping[str, Sequence[Any]]
+    parts: Mapping[str, Mapping[str, Sequence[Any]]] = {}  # by path or label: field -> numbers
+
+
+def transform(
+    name: str,
+    fields: tuple[str, ...],
+    init: Callable[[Any], Any],
+    step: Callable[..., tuple[Any, Any, Callable[[], Report]]],
+    *,
+    record: bool = True,
+    remembers: bool = True,
+    parts: Callable[[Any], Mapping[str, str]] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """A transform from a step that reports.
+
+    Args:
+        name: prefix of the metrics.
+        fields: the entries of `FIELDS` that every step reports.
+        init: ``params -> memory``.
+        step: ``(updates, memory, params, **extra) -> (updates, memory, report)``; the report is made
+            only if it is recorded.
+        record: whether it is.
+        remembers: whether there is a memory; without memory and record the state is
+            `optax.EmptyState`, and any state is accepted.
+        parts: ``params -> {path or label: field}``, what is reported besides.
+    """
+    _validate.name(name=name)
+    bare = not record and not remembers
+
+    def first(params: optax.Params) -> Any:
+        if bare:
+            return optax.EmptyState()
+        packed: dict[str, Any] = {field: _zeros(field) for field in fields}
+        if parts is not None:
+            named = {f"{part}/{field}": _zeros(field) for part, field in parts(params).items()}
+            # Optax asks for a state without leaves: one number then stands for all parts.
+            packed[PARTS] = _nested(named) or jnp.zeros(())
+        recorded = _nested({name: packed}) if record else {}
+        return RecordedState(place_like(recorded, params), init(params))
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, Any]:
+        new, memory, report = step(updates, None if bare else state.memory, params, **extra)
+        if bare:
+            return new, optax.EmptyState()
+        recorded = _written(state.recorded, name, report()) if record else state.recorded
+        return new, RecordedState(recorded, memory)
+
+    return optax.GradientTransformationExtraArgs(first, update)
+
+
+def _zeros(field: str) -> Array:
+    return jnp.zeros(len(FIELDS[field]), jnp.int32 if field in COUNTERS else jnp.float32)
+
+
+def _nested(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Dicts of dicts, a level for each "/", since keys of a state are joined by it elsewhere."""
+    tree: dict[str, Any] = {}
+    for path, value in entries.items():
+        *above, last = path.split("/")
+        inner = tree
+        for key in above:
+            inner = inner.setdefault(key, {})
+        inner[last] = value
+    return tree
+
+
+def _written(last: dict[str, Any], name: str, report: Report) -> dict[str, Any]:
+    before = last
+    for key in name.split("/"):
+        before = before[key]
+    packed: dict[str, Any] = {field: _pack(values) for field, values in report.gauges.items()}
+    for field, happened in report.happened.items():
+        packed[field] = increment(before[field], jnp.stack([jnp.asarray(x) for x in happened]))
+    if PARTS in before:
+        named = {
+            f"{part}/{field}": _pack(values)
+            for part, fields in report.parts.items()
+            for field, values in fields.items()
+        }
+        packed[PARTS] = _updated(before[PARTS], _nested(named))
+    return place_like(_nested({name: packed}), last)
+
+
+def _updated(old: Any, new: Any) -> Any:
+    """The new entries, and beside them the old ones that there is nothing new of."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new or old if isinstance(new, dict) else new
+    return {key: _updated(value, new[key]) if key in new else value for key, value in old.items()}
+
+
+def _pack(values: Sequence[Any]) -> Array:
+    return jnp.stack([jnp.asarray(x).astype(jnp.float32) for x in values])
+
+
+def fraction(flags: Sequence[Array], axis_name: AxisName = None) -> Array:
+    """The share of True among all entries of some arrays, wherever they are."""
+    axes = [reduction_axes(axis_name, x) for x in flags]
+    size = max(sum(x.size * axis_size(names) for x, names in zip(flags, axes, strict=True)), 1)
+    counts = [jnp.sum(x, dtype=jnp.float32) for x in flags]
+    total: Array = functools.reduce(jnp.add, all_reduce(counts, axes, lax.psum), jnp.float32(0))
+    return total / size
+
+
+def increment(count: Array, happened: Any = True) -> Array:
     """Count up, and stay at the largest int32."""
     more: Array = happened & (count < 2**31 - 1)
     return count + more.astype(count.dtype)

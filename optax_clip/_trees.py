@@ -1,25 +1,32 @@
 """Scopes and leaves: which entries belong together."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+import functools
+import math
+import operator
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax import Array, lax
 
 from optax_clip import _validate
-from optax_clip._validate import AxisName, Scope
+from optax_clip._mesh import all_reduce, axis_size, is_explicit, reduction_axes, replicated
+from optax_clip._validate import AxisName, Groups, Scope
 
-T = TypeVar("T")
+_SMALL = 2**16  # entries of a leaf that a compiler takes longer to sum than the device
+
+# Where the norm of a leaf stands: in which cell, and there as a whole (None), as one entry, or as a
+# piece (start, stop, shape).
+Home = tuple[int, None | int | tuple[int, int, tuple[int, ...]]]
+Cells = list[Array]
 
 
-def path_string(path: Any) -> str:
-    """Keys joined by "/", the same for linen and for nnx at init (where Variables add ".value")."""
-    if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+def is_box(x: Any) -> bool:
+    """Is ``x`` a Variable of NNX or a box of linen, whose only field ``value`` is no part of a path?"""
+    names = ("Variable", "VariableState", "AxisMetadata")
+    return any(c.__name__ in names and c.__module__.startswith("flax.") for c in type(x).__mro__)
 
 
 def is_inexact(x: Any) -> bool:
@@ -33,17 +40,36 @@ def shape_of(x: Any) -> tuple[int, ...]:
     return tuple(getattr(x, "shape", ()))
 
 
-def reduced_axes(scope: Scope, path: Any, leaf: Any) -> tuple[int, ...]:
+def flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
+    """Paths, leaves and structure of a tree, with a place for each None."""
+    found, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
+    outer = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None or is_box(x))
+    boxes = {path for path, x in outer if is_box(x)}
+    paths = []
+    for path, _ in found:
+        inside = [k for k in range(len(path)) if path[:k] in boxes]
+        kept = [key for k, key in enumerate(path) if k not in inside]
+        paths.append(jax.tree_util.keystr(tuple(kept), simple=True, separator="/"))
+    return paths, [leaf for _, leaf in found], treedef
+
+
+def as_struct(leaf: Any) -> Any:
+    """What a callable of the user is given: an array also where the leaf is a number."""
+    return jnp.asarray(leaf) if isinstance(leaf, (bool, int, float, complex)) else leaf
+
+
+def reduced_axes(scope: Scope, path: str, leaf: Any) -> tuple[int, ...]:
     """The axes of ``leaf`` that share one norm."""
     shape = shape_of(leaf)
     if callable(scope):
-        scope = scope(path_string(path), leaf)
-        if callable(scope) or scope == "global":
+        scope = scope(path, as_struct(leaf))
+        if callable(scope) or isinstance(scope, Groups) or scope == "global":
             raise ValueError(
-                f'Expected scope(path, leaf) to be "leaf", "unit" or axes, got {scope!r} for leaf '
-                f"{path_string(path)!r}."
+                f'Expected scope(path, leaf) to be "leaf", "unit" or axes, got {scope!r} for leaf {path!r}.'
             )
         _validate.scope(scope)
+    if isinstance(scope, Groups):
+        return tuple(range(len(shape)))
     if isinstance(scope, str):
         units = scope == "unit" and len(shape) > 1
         return tuple(range(len(shape) - units))
@@ -52,88 +78,273 @@ def reduced_axes(scope: Scope, path: Any, leaf: Any) -> tuple[int, ...]:
     if len(set(inside)) < len(axes):
         raise ValueError(
             f"Expected scope to name distinct axes of every leaf, got scope={scope!r} for leaf "
-            f"{path_string(path)!r} of shape {shape}."
+            f"{path!r} of shape {shape}."
         )
     return tuple(sorted(inside))
 
 
-class Layout(NamedTuple):
-    """A tree cut into scopes.
+class Scopes(NamedTuple):
+    """How a tree is cut into scopes. Static; the inexact leaves travel beside it, as a list.
 
-    ``leaves`` has a place for every leaf and for every None, so that a leaf whose gradient is None
-    keeps its place in the state. ``places`` are those of the inexact leaves, ``axes`` what is reduced
-    in each of these, ``axis_name`` what besides on other devices.
+    The norms of the scopes are kept in cells: one scalar for the whole tree, one vector for leaves or
+    groups, and for units and axes one vector too on a single device, else one array a leaf, since to
+    join them would move them.
+
+    Args:
+        treedef: the structure, with a place for each None.
+        paths: of each place.
+        places: those of the inexact leaves.
+        axes: what is reduced in each of these.
+        mapped: and over which mapped axes.
+        shapes: of each leaf with its reduced axes kept as size 1.
+        sizes: how many entries of the leaf, on all devices, share a norm.
+        homes: where their norm stands.
+        labels: of the groups.
+        rows: of the vector that a rule remembers, the rows that are measured; None if all are.
+        memory: the shape of that vector.
     """
 
-    paths: list[Any]
-    leaves: list[Any]
     treedef: Any
+    paths: tuple[str, ...]
     places: tuple[int, ...]
     axes: tuple[tuple[int, ...], ...]
-    pooled: str | None
-    axis_name: AxisName
+    mapped: tuple[tuple[Hashable, ...], ...]
+    shapes: tuple[tuple[int, ...], ...]
+    sizes: tuple[int, ...]
+    homes: tuple[Home, ...]
+    labels: tuple[str, ...] | None
+    rows: tuple[int, ...] | None
+    memory: tuple[int, ...]
 
     @classmethod
-    def of(cls, tree: Any, scope: Scope, axis_name: AxisName = None) -> "Layout":
-        found, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
-        paths, leaves = [path for path, _ in found], [leaf for _, leaf in found]
-        places = tuple(i for i, leaf in enumerate(leaves) if is_inexact(leaf))
-        axes = tuple(reduced_axes(scope, *found[i]) for i in places)
-        pooled = scope if isinstance(scope, str) and scope in ("global", "leaf") else None
-        return cls(paths, leaves, treedef, places, axes, pooled, axis_name)
-
-    def beside(self, tree: Any) -> "Layout":
-        """The same scopes, with the leaves of another tree: the weights that gradients belong to."""
-        return self._replace(leaves=self.treedef.flatten_up_to(tree))
-
-    @property
-    def measured(self) -> list[Array]:
-        return [jnp.asarray(self.leaves[i]) for i in self.places]
-
-    @property
-    def kept_shapes(self) -> list[tuple[int, ...]]:
-        """The shape of each inexact leaf with its reduced axes kept as size 1."""
-        shapes = [shape_of(self.leaves[i]) for i in self.places]
-        return [
-            tuple(1 if i in axes else n for i, n in enumerate(shape))
-            for shape, axes in zip(shapes, self.axes, strict=True)
+    def of(
+        cls, tree: Any, scope: Scope, axis_name: AxisName = None, beside: Any = None
+    ) -> "tuple[Scopes, list[Array]]":
+        """Cut a tree. ``beside``, the weights, tell of the leaves that have no gradient."""
+        paths, leaves, treedef = flatten(tree)
+        others = leaves if beside is None else treedef.flatten_up_to(beside)
+        shown = [y if x is None else x for x, y in zip(leaves, others, strict=True)]
+        places = tuple(i for i, x in enumerate(leaves) if is_inexact(x))
+        axes = {i: reduced_axes(scope, paths[i], x) for i, x in enumerate(shown) if is_inexact(x)}
+        kept = {i: tuple(1 if a in axes[i] else n for a, n in enumerate(shape_of(shown[i]))) for i in axes}
+        mapped = [_mapped(paths[i], leaves[i], axes[i], axis_name) for i in places]
+        sizes = [
+            math.prod(shape_of(leaves[i])[a] for a in axes[i]) * axis_size(names)
+            for i, names in zip(places, mapped, strict=True)
         ]
+        homes, labels, rows, memory = _homes(scope, paths, shown, places, kept)
+        scopes = cls(
+            treedef, tuple(paths), places, tuple(axes[i] for i in places), tuple(mapped),
+            tuple(kept[i] for i in places), tuple(sizes), homes, labels, rows, memory,
+        )  # fmt: skip
+        xs = [leaves[i] for i in places]
+        return scopes, [x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x) for x in xs]
 
-    def rebuild(self, measured: Sequence[Any], *, other: Callable[[Any], Any] | None = None) -> Any:
-        """The tree with its inexact leaves replaced, all others as they are or as ``other`` says."""
-        leaves = self.leaves if other is None else [other(leaf) for leaf in self.leaves]
-        new = dict(zip(self.places, measured, strict=True))
-        return self.treedef.unflatten([new.get(i, leaf) for i, leaf in enumerate(leaves)])
+    def leaves_of(self, tree: Any, *, of: str = "params") -> list[Array]:
+        """The leaves of another tree at the same places: the weights that gradients belong to."""
+        leaves = self.treedef.flatten_up_to(tree)
+        for i in self.places:
+            if leaves[i] is None:
+                raise ValueError(f"Expected {of} beside the update of leaf {self.paths[i]!r}, got None.")
+        return [jnp.asarray(leaves[i]) for i in self.places]
+
+    def rebuild(self, tree: Any, new: Sequence[Any]) -> Any:
+        """The tree with its inexact leaves replaced, all others as they are."""
+        leaves = self.treedef.flatten_up_to(tree)
+        for i, x in zip(self.places, new, strict=True):
+            leaves[i] = x
+        return self.treedef.unflatten(leaves)
+
+    def alone(self, new: Sequence[Any]) -> Any:
+        """The tree with nothing but its inexact leaves."""
+        leaves: list[Any] = [None] * self.treedef.num_leaves
+        for i, x in zip(self.places, new, strict=True):
+            leaves[i] = x
+        return self.treedef.unflatten(leaves)
+
+    def as_tree(self, cells: Cells) -> Any:
+        """One value a scope as a tree, in the shape of each leaf with its reduced axes kept; or by label."""
+        if self.labels is not None:
+            return {label: cells[0][row] for row, label in enumerate(self.labels)}
+        if self.is_global:
+            return cells[0]
+        parts = zip(self.per_leaf(cells), self.shapes, strict=True)
+        return self.alone([x.reshape(shape) for x, shape in parts])
+
+    @property
+    def is_global(self) -> bool:
+        return self.memory == ()
+
+    def per_leaf(self, cells: Cells) -> list[Array]:
+        """For each leaf the value of its scope: a scalar, or an array with reduced axes kept."""
+        found = []
+        for cell, where in self.homes:
+            if isinstance(where, tuple):
+                start, stop, shape = where
+                found.append(cells[cell][start:stop].reshape(shape))
+            else:
+                found.append(cells[cell] if where is None else cells[cell][where])
+        return found
+
+    def cells(self, parts: Sequence[Array], combine: Callable[[Any, Any], Any] = operator.add) -> Cells:
+        """One value a leaf as cells; those that share a norm combined."""
+        merged: dict[Home, Array] = {}
+        for home, part in zip(self.homes, parts, strict=True):
+            merged[home] = combine(merged[home], part) if home in merged else part
+        table: dict[int, dict[Any, Array]] = {}
+        for (cell, where), part in merged.items():
+            table.setdefault(cell, {})[where] = part
+        return [self._cell(pieces) for pieces in table.values()] or [jnp.zeros(self._empty, jnp.float32)]
+
+    @property
+    def _length(self) -> int:
+        """The rows of a cell that is a vector."""
+        return len(self.places if self.labels is None else self.labels)
+
+    @property
+    def _empty(self) -> tuple[int, ...]:
+        return () if self.is_global else (self._length,)
+
+    def _cell(self, pieces: dict[Any, Array]) -> Array:
+        ((where, first), *_) = pieces.items()
+        if where is None:
+            return first
+        if isinstance(where, tuple):
+            return jnp.concatenate([part.ravel() for part in pieces.values()])
+        rows = range(self._length)  # in the order of their numbers, 0 where no leaf has one
+        return jnp.stack([pieces.get(row, jnp.zeros_like(first)) for row in rows])
+
+    def sum(self, terms: Sequence[Array]) -> Cells:
+        """Sum one term an entry over each scope."""
+        scopes, terms = _joined(self, terms)
+        return scopes._reduce(terms, jnp.sum, lax.psum, operator.add)
+
+    def max(self, terms: Sequence[Array], initial: float = 0) -> Cells:
+        """The largest term of each scope."""
+        return self._reduce(terms, functools.partial(jnp.max, initial=initial), lax.pmax, jnp.maximum)
+
+    def _reduce(self, terms: Sequence[Array], reduce: Any, collective: Any, combine: Any) -> Cells:
+        keep = [not isinstance(where, int) and not self.is_global for _, where in self.homes]
+        parts = [reduce(t, axis=a, keepdims=k) for t, a, k in zip(terms, self.axes, keep, strict=True)]
+        groups: dict[Any, Array] = {}
+        for home, names, part in zip(self.homes, self.mapped, parts, strict=True):
+            key = home, names
+            groups[key] = combine(groups[key], part) if key in groups else part
+        values = all_reduce(list(groups.values()), [names for _, names in groups], collective)
+        merged = [home for home, _ in groups]
+        return self._replace(homes=tuple(merged)).cells(values, combine)
+
+    @property
+    def counts(self) -> list[Any]:
+        """How many entries share each norm: beside each cell, as NumPy numbers."""
+        by_home: dict[Home, int] = {}
+        for home, n in zip(self.homes, self.sizes, strict=True):
+            by_home[home] = by_home.get(home, 0) + n
+        table: dict[int, list[Any]] = {}
+        for (cell, where), n in by_home.items():
+            length = 1 if not isinstance(where, tuple) else where[1] - where[0]
+            table.setdefault(cell, []).extend([(where, n)] * length)
+        return [_count(pairs, self._length) for pairs in table.values()] or [np.zeros(self._empty)]
+
+    def join(self, cells: Cells) -> Array:
+        """All norms as one vector, 0 where nothing is measured; for one norm a scalar."""
+        if self.is_global:
+            return cells[0]
+        parts = [replicated(x).ravel() for x in cells]
+        whole = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+        if self.rows is None:
+            return whole
+        return jnp.zeros(self.memory, whole.dtype).at[np.asarray(self.rows, int)].set(whole)
+
+    def split(self, vector: Array, like: Cells) -> Cells:
+        """The reverse, beside some cells."""
+        if self.is_global:
+            return [vector]
+        whole = vector if self.rows is None else vector[np.asarray(self.rows, int)]
+        ends = np.cumsum([0, *(x.size for x in like)])
+        pieces = [whole[i:j].reshape(x.shape) for i, j, x in zip(ends, ends[1:], like, strict=False)]
+        return [_beside(piece, x) for piece, x in zip(pieces, like, strict=True)]
 
 
-def place_like(state: T, params: Any) -> T:
-    """Put ``state`` where ``params`` live, as after the first step, so that nothing recompiles."""
-    if any(_validate.is_traced(leaf) for leaf in jax.tree.leaves((state, params))):
-        return state
-    for leaf in jax.tree.leaves(params):
-        sharding = getattr(leaf, "sharding", None)
-        if isinstance(sharding, NamedSharding) and not isinstance(sharding.mesh, AbstractMesh):
-            sharding = NamedSharding(sharding.mesh, PartitionSpec())
-        elif not getattr(leaf, "committed", False):
-            continue
-        placed: T = jax.device_put(state, sharding)
-        return placed
-    return state
+def _joined(scopes: Scopes, terms: Sequence[Array]) -> tuple[Scopes, list[Array]]:
+    """Small terms of one type and scope added up, eight at a time, before they are summed.
+
+    A compiler takes longer for a sum than for all else that is done with a small leaf. On several
+    devices leaves of one type may be split differently, and to add them would move them.
+    """
+    if jax.device_count() > 1:
+        return scopes, list(terms)
+    alike: dict[Any, list[int]] = {}
+    for i, (t, *rest) in enumerate(zip(terms, scopes.homes, scopes.mapped, scopes.axes, strict=True)):
+        alike.setdefault((jax.typeof(t), *rest) if t.size <= _SMALL else i, []).append(i)
+    eights = [same[k : k + 8] for same in alike.values() for k in range(0, len(same), 8)]
+    first = [some[0] for some in eights]
+    fields = {
+        name: tuple(getattr(scopes, name)[i] for i in first) for name in ("homes", "mapped", "axes")
+    }
+    return scopes._replace(**fields), [
+        functools.reduce(operator.add, [terms[i] for i in some]) for some in eights
+    ]
 
 
-def place_along(state: T, leaf: Any, axes: tuple[int, ...]) -> T:
-    """Put arrays that end in the shape of a leaf's norms where these norms are computed."""
-    sharding = getattr(leaf, "sharding", None)
-    if _validate.is_traced(leaf) or not isinstance(sharding, NamedSharding):
-        return place_like(state, leaf)
-    spec = (*sharding.spec, *(None,) * (len(leaf.shape) - len(sharding.spec)))
-    kept = [None if i in axes else name for i, name in enumerate(spec)]
-    shape = [1 if i in axes else n for i, n in enumerate(leaf.shape)]
+def _homes(
+    scope: Scope, paths: list[str], shown: list[Any], places: tuple[int, ...], kept: dict[int, Any]
+) -> tuple[tuple[Home, ...], tuple[str, ...] | None, tuple[int, ...] | None, tuple[int, ...]]:
+    """The homes, labels, rows and memory of `Scopes`."""
+    every = range(len(places))
+    if isinstance(scope, Groups):
+        names = {i: scope.label(paths[i], as_struct(shown[i])) for i in kept}
+        _validate.labels(paths, names)
+        labels = tuple(sorted(set(names.values())))
+        return tuple((0, labels.index(names[i])) for i in places), labels, None, (len(labels),)
+    if isinstance(scope, str) and scope == "global":
+        return tuple((0, None) for _ in every), None, None, ()
+    if isinstance(scope, str) and scope == "leaf":
+        rows = places if len(places) < len(paths) else None
+        return tuple((0, k) for k in every), None, rows, (len(paths),)
+    sizes = {i: math.prod(shape) for i, shape in kept.items()}
+    ends = dict(zip(sizes, np.cumsum(list(sizes.values())).tolist(), strict=True))
+    rows = tuple(r for i in places for r in range(ends[i] - sizes[i], ends[i]))
+    memory = (sum(sizes.values()),)
+    homes: list[Home] = [(k, None) for k in every]
+    if jax.device_count() == 1:
+        stops = np.cumsum([sizes[i] for i in places]).tolist()
+        homes = [(0, (stop - sizes[i], stop, kept[i])) for i, stop in zip(places, stops, strict=True)]
+    return tuple(homes), None, None if len(rows) == memory[0] else rows, memory
 
-    def put(x: Array) -> Array:
-        along = [None] * (x.ndim - len(shape)) + kept if list(x.shape[-len(shape) :]) == shape else []
-        placed: Array = jax.device_put(x, NamedSharding(sharding.mesh, PartitionSpec(*along)))
-        return placed
 
-    placed: T = state if isinstance(sharding.mesh, AbstractMesh) else jax.tree.map(put, state)
-    return placed
+def _mapped(path: str, x: Any, axes: tuple[int, ...], axis_name: AxisName) -> tuple[Hashable, ...]:
+    """The mapped axes to reduce a leaf over.
+
+    A type says over which mesh axes a leaf varies, not which of its dimensions they split: a scope
+    that keeps a dimension has to be told.
+    """
+    names = reduction_axes(axis_name, x if isinstance(x, Array) else 0.0)
+    if len(axes) == len(shape_of(x)):
+        return names
+    if names and axis_name is None:
+        raise ValueError(
+            f"Expected axis_name for leaf {path!r} of shape {x.shape}, which varies over the mesh axes "
+            f"{names}: a scope that keeps a dimension cannot know which dimension they split. Give "
+            "axis_name=() if each device holds whole units. Got axis_name=None."
+        )
+    return reduction_axes(axis_name)
+
+
+def _count(pairs: list[tuple[Any, int]], length: int) -> Any:
+    """The entries of each scope in a cell, from those of its homes."""
+    if pairs[0][0] is None:
+        return np.asarray(pairs[0][1])
+    if isinstance(pairs[0][0], tuple):
+        return np.asarray([n for _, n in pairs])
+    counts = np.zeros(length, int)
+    for row, n in pairs:
+        counts[row] = n
+    return counts
+
+
+def _beside(piece: Array, x: Array) -> Array:
+    """``piece`` on the devices of ``x``, where the mesh is explicit."""
+    sharding = jax.typeof(x).sharding
+    same = jax.typeof(piece).sharding == sharding
+    return piece if same or not is_explicit(x) else jax.sharding.reshard(piece, sharding)

@@ -1,7 +1,8 @@
 """Checks of arguments. What is known raises at once; a traced value cannot, and passes."""
 
+import dataclasses
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -9,7 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 
 Ord = float | str | None
-Scope = str | int | tuple[int, ...] | Callable[[str, Any], str | int | tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """The scope in which the leaves of one label share a norm."""
+
+    label: Callable[[str, Any], str]
+
+    def __repr__(self) -> str:
+        return f"groups({self.label!r})"
+
+
+Scope = str | int | tuple[int, ...] | Groups | Callable[[str, Any], str | int | tuple[int, ...]]
+Record = bool | str
 AxisName = Hashable | tuple[Hashable, ...] | None
 
 
@@ -17,19 +31,19 @@ def is_traced(x: object) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
-def number(**named: Any) -> None:
-    """Each value is one real number, not NaN: Python, NumPy, or a 0-d array."""
+def number(_ndim: int | None = 0, **named: Any) -> None:
+    """Each value is one real number, not NaN: Python, NumPy, or a 0-d array; any array if ``_ndim=None``."""
     for name, x in named.items():
         if not _is_real(x):
             raise TypeError(f"Expected {name} to be a real number, got {name}={x!r}.")
-        if jnp.ndim(x):
+        if _ndim is not None and jnp.ndim(x) != _ndim:
             raise ValueError(f"Expected {name} to be one number, got {name} of shape {jnp.shape(x)}.")
-        _require(name, x, lambda value: not math.isnan(value), f"{name} not to be NaN")
+        _require(name, x, lambda value: ~np.isnan(value), f"{name} not to be NaN")
 
 
-def at_least(bound: float, **named: Any) -> None:
+def at_least(bound: float, _ndim: int | None = 0, **named: Any) -> None:
     """Each value is one real number >= bound."""
-    number(**named)
+    number(_ndim, **named)
     for name, x in named.items():
         _require(name, x, lambda value: value >= bound, f"{name} >= {bound:g}")
 
@@ -38,21 +52,21 @@ def between(low: float, high: float, **named: Any) -> None:
     """Each value is one real number in [low, high]."""
     number(**named)
     for name, x in named.items():
-        _require(name, x, lambda value: low <= value <= high, f"{low:g} <= {name} <= {high:g}")
+        _require(name, x, lambda value: (low <= value) & (value <= high), f"{low:g} <= {name} <= {high:g}")
 
 
-def decay(**named: Any) -> None:
+def in_unit_interval(**named: Any) -> None:
     """Each value is one real number in [0, 1)."""
     number(**named)
     for name, x in named.items():
-        _require(name, x, lambda value: 0 <= value < 1, f"0 <= {name} < 1")
+        _require(name, x, lambda value: (value >= 0) & (value < 1), f"0 <= {name} < 1")
 
 
-def finite(**named: Any) -> None:
+def finite(_ndim: int | None = 0, **named: Any) -> None:
     """Each value is one finite real number."""
-    number(**named)
+    number(_ndim, **named)
     for name, x in named.items():
-        _require(name, x, math.isfinite, f"{name} to be finite")
+        _require(name, x, np.isfinite, f"{name} to be finite")
 
 
 def integer(minimum: int, **named: Any) -> None:
@@ -63,12 +77,17 @@ def integer(minimum: int, **named: Any) -> None:
     at_least(minimum, **named)
 
 
-def ordered(**named: Any) -> None:
-    """The first of two numbers is at most the second."""
-    number(**named)
+def ordered(_at: str = "", **named: Any) -> None:
+    """The first of two numbers, or arrays, is nowhere above the second. ``_at`` says where they are."""
+    number(None, **named)
     (low, x), (high, y) = named.items()
-    if not is_traced(x) and not is_traced(y) and float(x) > float(y):
-        raise ValueError(f"Expected {low} <= {high}, got {low}={x!r} and {high}={y!r}.")
+    if is_traced(x) or is_traced(y):
+        return
+    a, b = np.broadcast_arrays(*(np.asarray(z).astype(np.float64) for z in (x, y)))
+    if np.any(a > b):
+        at = tuple(int(i) for i in np.argwhere(a > b)[0])
+        got = f"{low}={x!r} and {high}={y!r}" if not at else f"{a[at]} > {b[at]} at position {at}"
+        raise ValueError(f"Expected {low} <= {high}{_at}, got {got}.")
 
 
 def one_of(choices: tuple[str, ...], **named: Any) -> None:
@@ -77,10 +96,32 @@ def one_of(choices: tuple[str, ...], **named: Any) -> None:
             raise ValueError(f"Expected {name} to be one of {choices}, got {name}={x!r}.")
 
 
-def label(**named: Any) -> None:
+def params_given(params: Any, *, of: str) -> None:
+    """The update was called with the weights."""
+    if params is None:
+        raise ValueError(
+            f"Expected params in update of {of}, got params=None. Call tx.update(grads, state, params)."
+        )
+
+
+def name(**named: Any) -> None:
     for name, x in named.items():
         if not isinstance(x, str) or not x:
             raise TypeError(f"Expected {name} to be a non-empty string, got {name}={x!r}.")
+
+
+def record(record: Any, *words: str) -> None:
+    """Whether to record: True or False, or one of some words."""
+    if not isinstance(record, bool) and record not in words:
+        expected = " or ".join(repr(x) for x in (True, False, *words))
+        raise TypeError(f"Expected record to be {expected}, got record={record!r}.")
+
+
+def labels(paths: Any, names: Mapping[int, Any]) -> None:
+    """Each leaf has a label that is a non-empty string."""
+    for i, label in names.items():
+        if not isinstance(label, str) or not label:
+            raise TypeError(f"Expected label(path, leaf) to be a non-empty string, got {label!r} for {paths[i]!r}.")
 
 
 def static(**named: Any) -> None:
@@ -106,11 +147,12 @@ def scope(scope: Any) -> None:
     """A scope: a word, the axes to reduce, or a callable that gives one of these."""
     static(scope=scope)
     axes = scope if isinstance(scope, tuple) else (scope,)
-    words = scope in ("global", "leaf", "unit") if isinstance(scope, str) else callable(scope)
+    named = callable(scope) or isinstance(scope, Groups)
+    words = scope in ("global", "leaf", "unit") if isinstance(scope, str) else named
     if not words and not all(isinstance(a, int) and not isinstance(a, bool) for a in axes):
         raise ValueError(
-            'Expected scope to be "global", "leaf", "unit", an int, a tuple of ints or a callable '
-            f"(path, leaf) -> scope, got scope={scope!r}."
+            'Expected scope to be "global", "leaf", "unit", groups(label), an int, a tuple of ints or a '
+            f"callable (path, leaf) -> scope, got scope={scope!r}."
         )
 
 
@@ -119,7 +161,7 @@ def axis_names(axis_name: AxisName) -> tuple[Hashable, ...]:
     return () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
 
 
-def axes(**named: Any) -> None:
+def axis_name(**named: Any) -> None:
     """Each value is None, the name of a mapped axis, or a tuple of names."""
     for name, x in named.items():
         if not all(isinstance(each, Hashable) and each is not None for each in axis_names(x)):
@@ -138,6 +180,12 @@ def _dtype(x: Any) -> Any:
     return x.dtype if isinstance(x, (jax.Array, np.ndarray, np.generic)) else np.dtype(bool)
 
 
-def _require(name: str, x: Any, holds: Callable[[float], bool], what: str) -> None:
-    if not is_traced(x) and not holds(float(x)):
-        raise ValueError(f"Expected {what}, got {name}={x!r}.")
+def _require(name: str, x: Any, holds: Callable[[Any], Any], what: str) -> None:
+    if is_traced(x):
+        return
+    values = np.asarray(x).astype(np.float64)
+    bad = np.argwhere(~np.asarray(holds(values)))
+    if len(bad):
+        at = tuple(int(i) for i in bad[0])
+        got = f"{name}={x!r}" if not at else f"{values[at]} at position {at}"
+        raise ValueError(f"Expected {what}, got {got}.")

@@ -1,23 +1,15 @@
 """Algorithms from papers, each a norm, a rule and an action."""
 
-from typing import Any, NamedTuple
-
-import jax
-import jax.numpy as jnp
 import optax
-from jax import Array, lax
 from jax.typing import ArrayLike
 
 from optax_clip import _validate
-from optax_clip._records import first_record, increment, record
-from optax_clip._trees import Layout, place_like
 from optax_clip._validate import AxisName, Scope
 from optax_clip.clipping import clip_by_norm
-from optax_clip.norms import all_finite, measure
 from optax_clip.thresholds import ema_ratio, relative_to_params, window_quantile, zscore
-from optax_clip.thresholds.engine import Threshold, as_rule, decide, start
+from optax_clip.thresholds.engine import as_rule
 
-__all__ = ["adagc", "adaptive_grad_clip", "autoclip", "clip_by_update_rms", "skip_spikes", "zclip"]
+__all__ = ["adagc", "adaptive_grad_clip", "autoclip", "clip_by_update_rms", "zclip"]
 
 
 def adaptive_grad_clip(
@@ -269,117 +261,3 @@ def clip_by_update_rms(
     return clip_by_norm(
         rule, scope="leaf", ord="rms", nonfinite=nonfinite, axis_name=axis_name, name=name
     )
-
-
-class SkipState(NamedTuple):
-    """What was skipped, what the rule remembers, and the state of the optimizer inside."""
-
-    recorded: dict[str, Array]
-    rule_state: Any
-    skipped_in_a_row: Array
-    inner_state: Any
-
-
-def skip_spikes(
-    inner: optax.GradientTransformation,
-    rule: Threshold,
-    *,
-    max_consecutive: ArrayLike = 50,
-    axis_name: AxisName = None,
-    name: str = "skip",
-) -> optax.GradientTransformationExtraArgs:
-    r"""Leave out the steps whose gradient is a spike, or not finite.
-
-    .. math:: u_t = 0 \;\text{ where } \|g_t\| > C_t, \text{ else } \mathrm{inner}(g_t)
-
-    A step that is left out gives a zero update and leaves the state of the inner optimizer as it was, so
-    that a bad batch neither moves the weights nor enters the moments.
-
-    Args:
-        inner: the optimizer to guard.
-        rule: the limit C on the norm of the whole gradient: a `ThresholdRule` such as `zscore`, a number
-            >= 0, a 0-d array or a schedule ``step -> number``.
-        max_consecutive: after so many spikes left out in a row the next finite step is taken.
-        axis_name: mapped axes to sum over, as in `global_norm`.
-        name: prefix of the metrics.
-
-    Returns:
-        A transform with the metrics of `clip_by_global_norm`, where a spike that is left out counts as
-        clipped, and the counter ``{name}/steps_skipped`` of all steps left out. A step that is not
-        finite is always left out and does not count towards ``max_consecutive``. On a step that is left
-        out ``inner`` is given zeros, and its result is thrown away.
-
-    Raises:
-        ValueError: for a negative or NaN limit, ``max_consecutive < 1``.
-        TypeError: for an argument of another type.
-
-    Examples:
-        >>> import jax.numpy as jnp
-        >>> import optax
-        >>> from optax_clip import metrics, skip_spikes
-        >>> tx = skip_spikes(optax.sgd(0.5), 10.0)
-        >>> state = tx.init(jnp.zeros(2))
-        >>> for g in (jnp.array([3.0, 4.0]), jnp.array([30.0, 40.0]), jnp.array([jnp.nan, 1.0])):
-        ...     g, state = tx.update(g, state)
-        ...     print(g)
-        [-1.5 -2. ]
-        [0. 0.]
-        [0. 0.]
-        >>> print(metrics(state)["skip/steps_skipped"])
-        2
-
-    References:
-        OLMo Team, 2025, 2 OLMo 2 Furious, https://arxiv.org/abs/2501.00656
-    """
-    limit = as_rule(rule=rule)
-    guarded = optax.with_extra_args_support(inner)
-    _validate.integer(1, max_consecutive=max_consecutive)
-    _validate.axes(axis_name=axis_name)
-    _validate.label(name=name)
-    counter = f"{name}/steps_skipped"
-
-    def init(params: optax.Params) -> SkipState:
-        recorded = first_record(name) | {counter: jnp.zeros((), jnp.int32)}
-        recorded, skipped = place_like((recorded, jnp.zeros((), jnp.int32)), params)
-        rule_state = start(limit, Layout.of(params, "global"), params)
-        return SkipState(recorded, rule_state, skipped, guarded.init(params))
-
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
-    ) -> tuple[optax.Updates, SkipState]:
-        layout = Layout.of(updates, "global", axis_name)
-        norms = measure(layout, ord=None)
-        finite, before = all_finite(norms), norms[0].value
-        (threshold,), lowest, rule_state = decide(
-            limit, state.rule_state, layout, norms, params, before, finite, ord=None
-        )
-        spike = finite & ~(before <= threshold)
-        skipped = spike & (state.skipped_in_a_row < jnp.asarray(max_consecutive))
-        take = lax.optimization_barrier(finite & ~skipped)
-        in_a_row = jnp.where(skipped, increment(state.skipped_in_a_row), 0)
-
-        safe = layout.rebuild([_keep(take, x) for x in layout.measured])
-        new, inner_state = guarded.update(safe, state.inner_state, params, **extra)
-        taken = Layout.of(new, "global")
-        recorded = record(
-            state.recorded,
-            name,
-            before=before,
-            after=jnp.where(take, before, 0),
-            threshold=lowest,
-            over=[skipped],
-            finite=finite,
-        )
-        recorded[counter] = increment(state.recorded[counter], ~take)
-        return taken.rebuild([_keep(take, x) for x in taken.measured]), SkipState(
-            recorded,
-            rule_state,
-            jnp.where(finite, in_a_row, state.skipped_in_a_row),
-            jax.tree.map(lambda x, y: jnp.where(take, x, y), inner_state, state.inner_state),
-        )
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _keep(take: Array, x: Array) -> Array:
-    return lax.select(take, x, jnp.zeros_like(x))

@@ -1,39 +1,21 @@
-"""Measure: the norm of a whole tree, of each leaf, of each unit."""
+"""Measure: the norm of a whole tree, of each leaf, group or unit."""
 
 import functools
 import math
 import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
-from optax_clip import _validate
-from optax_clip._numerics import (
-    accumulator,
-    across_devices,
-    apart,
-    cond,
-    devices,
-    everywhere,
-    mapped_over,
-    power_of_two,
-    scale,
-    varying_axes,
-    widen,
-)
-from optax_clip._trees import Layout, path_string, shape_of
-from optax_clip._validate import AxisName, Ord, Scope
+from optax_clip import _cpu, _validate
+from optax_clip._mesh import all_devices_agree, all_reduce, varying_axes
+from optax_clip._numerics import accumulator, power_of_two, reciprocal, scale, widen
+from optax_clip._trees import Cells, Scopes, shape_of
+from optax_clip._validate import AxisName, Groups, Ord, Scope
 
-__all__ = ["global_norm", "per_layer", "tree_norms"]
-
-_SMALL = 2**16  # entries of a leaf that XLA takes longer to compile a sum for than to run it
-
-# What is summed for one leaf, the axes to reduce, and the mapped axes.
-_Term = tuple[Array, tuple[int, ...], tuple[Hashable, ...]]
+__all__ = ["global_norm", "groups", "per_layer", "tree_norms"]
 
 
 class Norm(NamedTuple):
@@ -47,10 +29,21 @@ class Norm(NamedTuple):
         return self.root / self.scale
 
     @classmethod
-    def of(cls, value: Array) -> "Norm":
-        """Bring ``value`` into [1, 2)."""
-        power = power_of_two(value)
-        return cls(value / power, 1 / power)
+    def of(cls, value: Array, scale: Any = 1) -> "Norm":
+        """Bring the root into [1, 2)."""
+        inverse = reciprocal(power_of_two(value))
+        return cls(value * inverse, scale * inverse)
+
+    def exceeds(self, limit: Array) -> Array:
+        """Is it above the limit, or the limit NaN?"""
+        return ~(self.root <= limit * self.scale)
+
+    def factors(self, limit: Array) -> tuple[Array, Array]:
+        """Two numbers whose product is limit / norm; the first is 1 but at the ends of the range."""
+        ratio = limit / jnp.where(self.root > 0, self.root, 1)
+        both, info = ratio * self.scale, jnp.finfo(ratio.dtype)
+        fits = (both >= info.smallest_normal) & (both <= info.max) | (ratio == 0)
+        return jnp.where(fits, 1, self.scale), jnp.where(fits, both, ratio)
 
 
 def global_norm(tree: Any, *, ord: Ord = None, axis_name: AxisName = None) -> Array:
@@ -99,7 +92,8 @@ def tree_norms(tree: Any, *, scope: Scope = "leaf", ord: Ord = None, axis_name: 
         tree: arrays of any shape and float or complex dtype.
         scope: which entries share a norm. ``"global"``, ``"leaf"``; ``"unit"`` for one index of the
             last axis, the layout ``(..., in, out)`` of Flax kernels; an int or a tuple of ints for the
-            axes that are reduced; or a callable ``(path, leaf) -> one of these but "global"``.
+            axes that are reduced; `groups`; or a callable ``(path, leaf) -> one of the others but
+            "global"``.
         ord: which norm, as in `global_norm`.
         axis_name: mapped axes to sum over, as in `global_norm`. Inside `jax.shard_map` a scope that
             keeps a dimension needs it for leaves that differ between devices (``()`` if each device
@@ -107,7 +101,7 @@ def tree_norms(tree: Any, *, scope: Scope = "leaf", ord: Ord = None, axis_name: 
 
     Returns:
         A tree like ``tree`` of float32 (float64 if a leaf is) norms, reduced axes kept as size 1, None
-        for leaves that are not inexact. With ``scope="global"`` a scalar.
+        for leaves that are not inexact. With ``scope="global"`` a scalar, with `groups` a dict by label.
 
     Raises:
         ValueError: for an unknown scope or order, or an axis that a leaf does not have.
@@ -121,10 +115,43 @@ def tree_norms(tree: Any, *, scope: Scope = "leaf", ord: Ord = None, axis_name: 
     """
     _validate.order(ord)
     _validate.scope(scope)
-    _validate.axes(axis_name=axis_name)
-    layout = Layout.of(tree, scope, axis_name)
-    norms = [norm.value for norm in measure(layout, ord=ord)]
-    return norms[0] if layout.pooled == "global" else as_tree(layout, norms)
+    _validate.axis_name(axis_name=axis_name)
+    scopes, xs = Scopes.of(tree, scope, axis_name)
+    return scopes.as_tree([norm.value for norm in measure(scopes, xs, ord)])
+
+
+def groups(label: Callable[[str, Any], str]) -> Groups:
+    r"""A scope in which the leaves of one label share a norm.
+
+    For networks of which one part is trained differently, such as matrices by Muon and all else by
+    AdamW, or for one limit each for encoder and decoder. All groups together cost one read and, on
+    several devices, one collective.
+
+    .. math:: \|g_l\|_p = \Big(\sum_{i \in l} |g_i|^p\Big)^{1/p} \quad \text{for each label } l
+
+    Args:
+        label: ``(path, leaf) -> str``. The path joins keys by "/", such as ``"dense/kernel"``.
+
+    Returns:
+        A scope for everything that takes one. `tree_norms` then gives a dict by label, and a clip takes
+        one threshold for all or a dict ``label -> threshold``, and reports ``{name}/{label}/norm_before``,
+        ``norm_after`` and ``threshold`` beside the metrics of the whole tree.
+
+    Raises:
+        TypeError: if the label is not callable, or gives something that is not a non-empty string.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from optax_clip import groups, tree_norms
+        >>> kind = groups(lambda path, leaf: "matrix" if leaf.ndim > 1 else "vector")
+        >>> tree = {"kernel": jnp.array([[3.0, 4.0]]), "bias": jnp.array([2.0]), "scale": jnp.zeros(3)}
+        >>> norms = tree_norms(tree, scope=kind)
+        >>> print(norms["matrix"], norms["vector"])
+        5.0 2.0
+    """
+    if not callable(label):
+        raise TypeError(f"Expected label to be callable, got label={label!r}.")
+    return Groups(label)
 
 
 def per_layer(path: str, leaf: Any) -> tuple[int, ...]:
@@ -161,112 +188,124 @@ def per_layer(path: str, leaf: Any) -> tuple[int, ...]:
     return tuple(range(1, len(shape_of(leaf))))
 
 
-def as_tree(layout: Layout, values: Sequence[Array]) -> Any:
-    """One value a scope as a tree, in the shape of each leaf with its reduced axes kept."""
-    parts = list(values[0]) if layout.pooled == "leaf" else values
-    kept = [part.reshape(shape) for part, shape in zip(parts, layout.kept_shapes, strict=True)]
-    return layout.rebuild(kept, other=lambda leaf: None)
+def measure(scopes: Scopes, xs: Sequence[Array], ord: Ord) -> list[Norm]:
+    """The norm of each scope, cell by cell."""
+    p, dtype = exponent(ord), accumulator(xs)
+    if p == math.inf:
+        return [Norm.of(top) for top in scopes.max([jnp.abs(widen(x, dtype)) for x in xs])]
+    if p not in (1, 2):
+        return _power_norms(scopes, xs, p)
+    sums, scales = _sums_in_range(Powers(scopes, p, dtype), list(xs))
+    means = [s / jnp.maximum(_like(n, s), 1) if ord == "rms" else s for s, n in zip(sums, scopes.counts, strict=True)]
+    return [Norm.of(_root(s, p), k) for s, k in zip(means, scales, strict=True)]
 
 
-def measure(
-    layout: Layout,
-    *,
-    ord: Ord,
-    parts: Sequence[tuple[Array, ...]] | None = None,
-    read: Callable[..., Array] = lambda x: x,
-) -> list[Norm]:
-    """The norms of a layout: one scalar (global), one vector (leaf), or one array a leaf.
+class Powers(NamedTuple):
+    """Sums of ``|x|^p`` for p = 1 or 2, as they are and with the entries brought into range.
 
-    A fast sum of powers, and a second one with every scope brought into range only where the first is
-    not to be trusted. Of each leaf is measured what ``read`` makes of its ``parts``, for each sum anew.
+    Squares of float32 are in range times 2^-96 or 2^80, and those of float16 as they are.
     """
-    p = exponent(ord)
-    dtype = accumulator(layout.measured)
-    counts = [np.asarray(n, dtype) for n in scope_sizes(layout)]
-    info = jnp.finfo(dtype)
-    # The share of a sum that underflow may have taken is then below 2^-17.
-    floor = 0.0 if p in (1, math.inf) else float(info.smallest_normal) / (64 * float(info.eps))
 
-    def leaves(*factors: list[Array]) -> list[Array]:
-        given = [(x,) for x in layout.measured] if parts is None else parts
-        return [leaf(*each) for each in zip(given, *factors, strict=True)]
+    scopes: Scopes
+    p: float
+    dtype: Any
 
-    def leaf(own: tuple[Array, ...], *factors: Array) -> Array:
-        both = apart(*own, *factors)
-        return scale(widen(read(*both[: len(own)]), dtype), *both[len(own) :])
+    @property
+    def small(self) -> float:
+        return float(2.0 ** (-3 * jnp.finfo(self.dtype).maxexp // 4))
 
-    def pool(terms: list[Array], *, p: float) -> list[Array]:
-        return pool_scopes(layout, terms, dtype, maximum=p == math.inf)
+    @property
+    def large(self) -> float:
+        return float(2.0 ** (5 * jnp.finfo(self.dtype).maxexp // 8))
 
-    def root(sums: list[Array]) -> list[Array]:
-        means = [s / jnp.maximum(n, 1) if ord == "rms" else s for s, n in zip(sums, counts, strict=True)]
-        return [_root(s, p) for s in means]
+    def never_out_of_range(self, xs: Sequence[Array]) -> bool:
+        return all(jnp.finfo(x.dtype).maxexp <= 16 for x in xs)
 
-    def rescaled(*factors: list[Array]) -> list[Array]:
-        terms = leaves(*(shares(layout, each) for each in factors))
-        return root(pool([_power(x, p) for x in terms], p=p))
+    def terms(self, xs: Sequence[Array]) -> Cells:
+        return self.scopes.sum([_power(widen(x, self.dtype), self.p) for x in xs])
 
-    sums = pool([_power(x, p) for x in leaves()], p=p)
-    low = [s < n * floor for s, n in zip(sums, counts, strict=True)]
-    high = [~(s <= info.max) for s in sums]
-
-    def by_size() -> list[Norm]:
-        # Squares of float32 are in range times 2^-96 or 2^80.
-        small, large = 2.0 ** (-3 * info.maxexp // 4), 2.0 ** (5 * info.maxexp // 8)
-        factors = [
-            jnp.where(above, small, jnp.where(below, large, 1)).astype(dtype)
-            for below, above in zip(low, high, strict=True)
-        ]
-        return [Norm(r, k) for r, k in zip(rescaled(factors), factors, strict=True)]
-
-    def by_peak() -> list[Norm]:
-        # High powers are in range relative to the largest entry; its power of two is kept apart, since
-        # a product with that is exact.
-        peaks = pool([jnp.abs(lax.stop_gradient(x)) for x in leaves()], p=math.inf)
-        factors = [1 / power_of_two(peak) for peak in peaks]
-        tops = [peak * k for peak, k in zip(peaks, factors, strict=True)]
-        tops = [jnp.where((top > 0) & (top < jnp.inf), top, 1) for top in tops]
-        roots = rescaled(factors, [1 / top for top in tops])
-        return [Norm(r * top, k) for r, top, k in zip(roots, tops, factors, strict=True)]
-
-    trusted = [~jnp.any(below | above) for below, above in zip(low, high, strict=True)]
-    return cond(
-        everywhere(functools.reduce(operator.and_, trusted, jnp.array(True))),
-        lambda: [Norm.of(r) for r in root(sums)],
-        by_size if p == 2 else by_peak,
-    )
+    def out_of_range(self, sums: Cells) -> list[tuple[Array, Array]]:
+        """Which sums are too high, and too low to be trusted: underflow may have taken 2^-17 of them."""
+        info = jnp.finfo(self.dtype)
+        floor = 0.0 if self.p == 1 else float(info.smallest_normal) / (64 * float(info.eps))
+        pairs = zip(sums, self.scopes.counts, strict=True)
+        return [(~(s <= info.max), s < _like(n, s) * floor) for s, n in pairs]
 
 
-def total(layout: Layout, values: Sequence[Array], *, ord: Ord) -> Array:
+@_cpu.instead(_cpu.sums_in_range)
+def _sums_in_range(powers: Powers, xs: list[Array]) -> tuple[Cells, Cells]:
+    """The sums of one read: as they are, shrunk, grown; one of the three is in range."""
+    plain = powers.terms(xs)
+    if powers.never_out_of_range(xs):
+        return plain, [jnp.ones_like(s) for s in plain]
+    wide = [widen(x, powers.dtype) for x in xs]
+    small, large = (jnp.asarray(k, powers.dtype) for k in (powers.small, powers.large))
+    shrunk = powers.terms([scale(x, small) for x in wide])
+    grown = powers.terms([scale(_capped(x), large) for x in wide]) if powers.p == 2 else plain
+    sums, scales = [], []
+    for middle, less, more, (high, low) in zip(plain, shrunk, grown, powers.out_of_range(plain), strict=True):
+        sums.append(jnp.where(high, less, jnp.where(low, more, middle)))
+        scales.append(jnp.where(high, small, jnp.where(low, large, 1)).astype(powers.dtype))
+    return sums, scales
+
+
+def _capped(x: Array) -> Array:
+    """What is large cut off: its product would overflow, with a derivative of 0 times inf."""
+    cap = 2.0 ** (-jnp.finfo(x.dtype).maxexp // 4)
+    if jnp.iscomplexobj(x):
+        return lax.complex(jnp.clip(x.real, -cap, cap), jnp.clip(x.imag, -cap, cap))
+    return jnp.clip(x, -cap, cap)
+
+
+def _power_norms(scopes: Scopes, xs: Sequence[Array], p: float) -> list[Norm]:
+    """High powers are in range relative to the largest entry, whose power of two is kept apart."""
+    wide = [widen(x, accumulator(xs)) for x in xs]
+    peaks = scopes.max([jnp.abs(lax.stop_gradient(x)) for x in wide])
+    scales = [reciprocal(power_of_two(peak)) for peak in peaks]
+    tops = [peak * k for peak, k in zip(peaks, scales, strict=True)]
+    tops = [jnp.where((top > 0) & (top < jnp.inf), top, 1) for top in tops]
+    columns = scopes.per_leaf(scales), scopes.per_leaf([1 / top for top in tops])
+    terms = [_power(scale(x, *factors), p) for x, *factors in zip(wide, *columns, strict=True)]
+    return [
+        Norm(_root(s, p) * top, k) for s, top, k in zip(scopes.sum(terms), tops, scales, strict=True)
+    ]
+
+
+def total(scopes: Scopes, values: Cells, ord: Ord) -> Array:
     """The norm of the whole tree from the norms of its scopes."""
-    if layout.pooled == "global":
+    if scopes.is_global:
         return values[0]
-    p = exponent(ord)
-    counts = scope_sizes(layout)
-    dtype = accumulator(layout.measured)
-    names = [varying_axes(v) for v in values]
+    p, names = exponent(ord), [varying_axes(v) for v in values]
 
-    def pool(terms: list[Array], *, maximum: bool = False) -> Array:
+    def pool(terms: Cells, *, maximum: bool = False) -> Array:
         parts = [jnp.max(t, initial=0) if maximum else jnp.sum(t) for t in terms]
-        parts = across_devices(parts, names, lax.pmax if maximum else lax.psum)
-        return _join(parts, dtype, maximum=maximum)
+        parts = all_reduce(parts, names, lax.pmax if maximum else lax.psum)
+        return functools.reduce(jnp.maximum if maximum else operator.add, parts)
 
-    peak = pool(list(values), maximum=True)
+    peak = pool(values, maximum=True)
     peak = jnp.where((peak > 0) & (peak < jnp.inf), peak, 1)
-    scaling = 1 / power_of_two(peak)
+    scaling = reciprocal(power_of_two(peak))
     top = peak * scaling
     terms = [_power(v * scaling / top, p) for v in values]
     if ord == "rms":
-        sizes = [
-            jnp.broadcast_to(jnp.asarray(n, dtype), t.shape) for n, t in zip(counts, terms, strict=True)
-        ]
-        terms = [t * n for t, n in zip(terms, sizes, strict=True)]
-        return top * _root(pool(terms) / jnp.maximum(pool(sizes), 1), p) / scaling
+        sizes = [jnp.broadcast_to(_like(n, v), v.shape) for n, v in zip(scopes.counts, values, strict=True)]
+        mean = pool([t * n for t, n in zip(terms, sizes, strict=True)]) / jnp.maximum(pool(sizes), 1)
+        return top * _root(mean, p) / scaling
     return top * _root(pool(terms, maximum=p == math.inf), p) / scaling
+
+
+def all_finite(norms: Sequence[Norm]) -> Array:
+    """Is every entry finite? A finite norm beyond the dtype still has a finite root."""
+    finite = [jnp.all(jnp.isfinite(norm.root)) for norm in norms]
+    return all_devices_agree(functools.reduce(operator.and_, finite, jnp.array(True)))
 
 
 def exponent(ord: Ord) -> float:
     return 2.0 if ord is None or ord == "rms" else float(ord)
+
+
+def _like(count: Any, x: Array) -> Array:
+    return jnp.asarray(count, x.dtype)
 
 
 def _power(x: Array, p: float) -> Array:
@@ -292,103 +331,3 @@ def _root(x: Array, p: float) -> Array:
     zero = x == 0
     y = jnp.where(zero, 1, x)
     return jnp.where(zero, 0, jnp.sqrt(y) if p == 2 else y ** (1 / p))
-
-
-def _join(parts: Sequence[Array], dtype: Any, *, maximum: bool) -> Array:
-    """The sum, or the largest, of some scalars."""
-    op: Callable[[Array, Array], Array] = jnp.maximum if maximum else jnp.add
-    return functools.reduce(op, parts) if parts else jnp.zeros((), dtype)
-
-
-def pool_scopes(
-    layout: Layout,
-    terms: Sequence[Array],
-    dtype: Any,
-    *,
-    maximum: bool,
-    initial: float = 0,
-) -> list[Array]:
-    """Reduce one term an entry to one value a scope."""
-    keep, mapped = layout.pooled is None, mapped_axes(layout)
-    pairs = list(zip(terms, layout.axes, mapped, strict=True))
-    if layout.pooled == "global" and not maximum:
-        pairs = _joined(pairs)
-    values = [
-        jnp.max(t, axis=axes, keepdims=keep, initial=initial)
-        if maximum
-        else jnp.sum(t, axis=axes, keepdims=keep)
-        for t, axes, _ in pairs
-    ]
-    collective = lax.pmax if maximum else lax.psum
-    if layout.pooled == "global":
-        groups = list(dict.fromkeys(names for *_, names in pairs))
-        same = [[v for v, (*_, m) in zip(values, pairs, strict=True) if m == group] for group in groups]
-        joined = [_join(parts, dtype, maximum=maximum) for parts in same]
-        return [_join(across_devices(joined, groups, collective), dtype, maximum=maximum)]
-    values = across_devices(values, mapped, collective)
-    if layout.pooled == "leaf":
-        return [jnp.stack(values) if values else jnp.zeros((0,), dtype)]
-    return values
-
-
-def _joined(pairs: list[_Term]) -> list[_Term]:
-    """Small terms of one type added up, eight at a time, before they are summed.
-
-    XLA's CPU compiler takes longer for a sum than for all else that is done with a small leaf. On
-    several devices leaves of one type may be split differently, and to add them would move them.
-    """
-    if jax.device_count() > 1:
-        return pairs
-    alike: dict[Any, list[_Term]] = {}
-    for i, (t, axes, names) in enumerate(pairs):
-        key = (jax.typeof(t), names) if t.size <= _SMALL else i
-        alike.setdefault(key, []).append((t, axes, names))
-    eights = [same[i : i + 8] for same in alike.values() for i in range(0, len(same), 8)]
-    return [(functools.reduce(operator.add, [t for t, *_ in some]), *some[0][1:]) for some in eights]
-
-
-def shares(layout: Layout, values: Sequence[Array]) -> list[Array]:
-    """For each inexact leaf the value of its scope: a scalar, or an array with reduced axes kept."""
-    n = len(layout.places)
-    if layout.pooled == "global":
-        return [values[0]] * n
-    return [values[0][i] for i in range(n)] if layout.pooled == "leaf" else list(values)
-
-
-def mapped_axes(layout: Layout) -> list[tuple[Hashable, ...]]:
-    """The mapped axes to reduce each leaf over.
-
-    A type says over which mesh axes a leaf varies, not which of its dimensions they split: a scope
-    that keeps a dimension has to be told.
-    """
-    mapped = []
-    for i, x, axes in zip(layout.places, layout.measured, layout.axes, strict=True):
-        names = mapped_over(layout.axis_name, x)
-        if len(axes) < x.ndim:
-            if names and layout.axis_name is None:
-                raise ValueError(
-                    f"Expected axis_name for leaf {path_string(layout.paths[i])!r} of shape "
-                    f"{x.shape}, which varies over the mesh axes {names}: a scope that keeps a "
-                    "dimension cannot know which dimension they split. Give axis_name=() if each "
-                    "device holds whole units. Got axis_name=None."
-                )
-            names = mapped_over(layout.axis_name)
-        mapped.append(names)
-    return mapped
-
-
-def scope_sizes(layout: Layout) -> list[Any]:
-    """How many entries share each norm, on all devices."""
-    sizes = [
-        math.prod(x.shape[a] for a in axes) * devices(names)
-        for x, axes, names in zip(layout.measured, layout.axes, mapped_axes(layout), strict=True)
-    ]
-    if layout.pooled == "global":
-        return [sum(sizes)]
-    return [np.asarray(sizes)] if layout.pooled == "leaf" else sizes
-
-
-def all_finite(norms: Sequence[Norm]) -> Array:
-    """Is every entry finite? A finite norm beyond the dtype still has a finite root."""
-    finite = [jnp.all(jnp.isfinite(norm.root)) for norm in norms]
-    return everywhere(functools.reduce(operator.and_, finite, jnp.array(True)))

@@ -1,37 +1,24 @@
 """Act on weights: project them onto a set after each step."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from optax_clip import _validate
-from optax_clip._numerics import (
-    accumulator,
-    applied,
-    cond,
-    land,
-    positive,
-    widen,
-)
-from optax_clip._records import increment, share
-from optax_clip._trees import Layout, path_string, place_like
-from optax_clip.norms import measure
-from optax_clip.sets.constraint import Constraint, Memory, as_constraint, remembering
+from optax_clip import _cpu, _validate
+from optax_clip._landing import add_as_apply_updates, land, reach
+from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes
+from optax_clip._numerics import accumulator, widen
+from optax_clip._records import Report, increment, transform
+from optax_clip._trees import Scopes
+from optax_clip.sets.constraint import Constraint, Move, as_constraint
 
-__all__ = ["mask_outward", "project", "project_weights", "violation", "where"]
+__all__ = ["project", "project_weights", "violation"]
 
 ConstraintLike = Constraint | Callable[[optax.Params], optax.Params]
-
-
-class ProjectState(NamedTuple):
-    """What a projection did (read it with `metrics`), and what its set remembers."""
-
-    recorded: dict[str, Array]
-    memory: Any
 
 
 def project(params: optax.Params, constraint: ConstraintLike) -> optax.Params:
@@ -44,8 +31,8 @@ def project(params: optax.Params, constraint: ConstraintLike) -> optax.Params:
         constraint: a set such as `box` or `norm_ball`, or any callable ``params -> params``.
 
     Returns:
-        The weights in the set, each leaf in its own dtype. What is inside, by more than its norm can
-        tell, comes back bit for bit.
+        The weights in the set, each leaf in its own dtype. Weights inside the set by more than the
+        rounding error of their norm are returned bit for bit.
 
     Raises:
         TypeError: if the constraint is neither a set nor callable.
@@ -88,7 +75,7 @@ def violation(params: optax.Params, constraint: ConstraintLike) -> Array:
 
 
 def project_weights(
-    constraint: ConstraintLike, *, every: int = 1, name: str = "project"
+    constraint: ConstraintLike, *, every: int = 1, name: str = "project", record: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keep the weights in a set: turn an update into one that lands inside.
 
@@ -102,15 +89,26 @@ def project_weights(
             `optax.inject_hyperparams` name it in ``static_args``.
         every: project only each ``every``-th step, counted from 1.
         name: prefix of the metrics.
+        record: False to record nothing; the state is then `optax.EmptyState` unless the set remembers
+            or ``every`` counts.
 
     Returns:
         A transform whose update needs ``params``. After `optax.apply_updates` has rounded, the weights
-        are in the set: exactly for boxes, at most the radius in float64 for norm balls, within 4 eps
-        for the others, from far outside after the second step. A weight that was going to land inside
-        keeps its update bit for bit, and updates keep their dtype. Updates in a narrower dtype than the
-        weights cannot reach every set from far outside at once. Metrics: ``distance``, the 2-norm of
-        what it changed in the updates, which is how far it moved the weights but for their rounding,
-        ``fraction``, the share of entries that it changed, and ``steps``.
+        are in the set:
+
+        ======================= ========================================== ===========
+        set                     guarantee                                  after steps
+        ======================= ========================================== ===========
+        box, init_box           exact                                      1
+        norm_ball               norm at most the radius in float64         1
+        sphere, simplex,        within 4 eps of the dtype of the weights   1 from near,
+        shell, spectral_ball                                               2 from far
+        ======================= ========================================== ===========
+
+        A weight that was going to land inside keeps its update bit for bit, and updates keep their
+        dtype. Updates in a narrower dtype than the weights cannot reach every set from far outside at
+        once. Metrics: ``distance``, the 2-norm of the move of the weights, ``fraction``, the share of
+        entries that it moved, and ``steps``.
 
     Raises:
         TypeError: if the constraint is neither a set nor callable, or ``every`` not an integer.
@@ -134,184 +132,134 @@ def project_weights(
         [ 6.5  -4.75]
     """
     wanted = as_constraint(constraint)
-    memory = remembering(wanted)
     _validate.integer(1, every=every)
-    _validate.label(name=name)
+    _validate.record(record)
+    always = not _validate.is_traced(every) and int(every) == 1
 
-    def init(params: optax.Params) -> ProjectState:
-        gauges = {f"{name}/{key}": jnp.zeros((), jnp.float32) for key in ("distance", "fraction")}
-        recorded = gauges | {f"{name}/steps": jnp.zeros((), jnp.int32)}
-        return ProjectState(place_like(recorded, params), memory.init(params))
+    def init(params: optax.Params) -> Any:
+        kept = wanted.init(params) if wanted.init else ()
+        return kept if always else {"set": kept, "turns": place_like(jnp.zeros((), jnp.int32), params)}
 
-    def update(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra: Any,
-    ) -> tuple[optax.Updates, ProjectState]:
+    def step(updates: optax.Updates, memory: Any, params: Any, **extra: Any) -> tuple[Any, Any, Any]:
         del extra
-        if params is None:
-            raise ValueError("Expected params in update of project_weights, got params=None.")
-        steps = increment(state.recorded[f"{name}/steps"])
+        _validate.params_given(params, of="project_weights")
+        kept = memory if always else memory["set"]
+        turns = 0 if always else increment(memory["turns"])
 
-        def projected() -> tuple[_Projected, Any]:
-            return _project_updates(wanted, memory, state.memory, updates, params)
+        def projected() -> tuple[optax.Updates, Any, tuple[Array, Array]]:
+            return redirect(wanted, updates, params, kept, record=record)
 
-        def untouched() -> tuple[_Projected, Any]:
-            return _Projected(updates, jnp.float32(0), jnp.float32(0)), state.memory
+        def untouched() -> tuple[optax.Updates, Any, tuple[Array, Array]]:
+            return updates, kept, (jnp.float32(0), jnp.float32(0))
 
-        always = not _validate.is_traced(every) and int(every) == 1
-        due = True if always else steps % jnp.maximum(jnp.int32(every), 1) == 0
-        done, kept = cond(due, projected, untouched)
-        recorded = {
-            f"{name}/distance": done.distance,
-            f"{name}/fraction": done.fraction,
-            f"{name}/steps": steps,
-        }
-        return done.updates, ProjectState(place_like(recorded, state.recorded), kept)
+        due = True if always else turns % jnp.maximum(jnp.int32(every), 1) == 0
+        new, kept, moved = _cpu.cond(due, projected, untouched)
+        memory = kept if always else {"set": kept, "turns": turns}
+        return new, memory, lambda: Report({"moves": moved}, {"turns": (True,)})
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    remembers = not always or wanted.init is not None
+    return transform(name, ("moves", "turns"), init, step, record=record, remembers=remembers)
 
 
-def mask_outward(
-    constraint: Constraint, *, name: str = "outward"
-) -> optax.GradientTransformationExtraArgs:
-    r"""Take out the gradient of weights that sit at a bound and would be pushed further out.
+class _How(NamedTuple):
+    """Static: where to, of which tree, and whether to say how far."""
 
-    First in a chain that ends with `project_weights` on the same box. Without it momentum winds up while
-    a weight is held at its bound, and holds it there after the gradient has turned.
+    constraint: Constraint
+    scopes: Scopes
+    record: bool
 
-    .. math:: g_i \leftarrow 0 \;\text{ where } P(w_i - \infty\, \mathrm{sign}(g_i)) = w_i
-
-    Args:
-        constraint: `box`, `non_negative`, or `norm_ball` with ``ord=math.inf``. Under
-            `optax.inject_hyperparams` name it in ``static_args``.
-        name: prefix of the metrics.
-
-    Returns:
-        A transform whose update needs ``params``. A weight within 4 eps of its bound counts as at it.
-        All other entries keep their bits. Metrics: ``fraction``, the share of entries taken out, and
-        ``steps``.
-
-    Raises:
-        TypeError: if the constraint is not a set that bounds each entry on its own.
-        ValueError: if the update is called without ``params``.
-
-    Examples:
-        >>> import jax.numpy as jnp
-        >>> from optax_clip import box, mask_outward
-        >>> tx = mask_outward(box(-1.0, 1.0))
-        >>> params = jnp.array([1.0, 1.0, 0.5])
-        >>> gradient = jnp.array([-2.0, 2.0, -2.0])
-        >>> print(tx.update(gradient, tx.init(params), params)[0])
-        [ 0.  2. -2.]
-
-        The first would grow beyond 1; the second comes back from its bound.
-    """
-    if not isinstance(constraint, Constraint) or not constraint.entrywise:
-        raise TypeError(f"Expected constraint to be a box, got constraint={constraint!r}.")
-    _validate.label(name=name)
-
-    def init(params: optax.Params) -> ProjectState:
-        recorded = {
-            f"{name}/fraction": jnp.zeros((), jnp.float32),
-            f"{name}/steps": jnp.zeros((), jnp.int32),
-        }
-        return ProjectState(place_like(recorded, params), ())
-
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
-    ) -> tuple[optax.Updates, ProjectState]:
-        del extra
-        if params is None:
-            raise ValueError("Expected params in update of mask_outward, got params=None.")
-        layout = Layout.of(updates, "leaf")
-        weights = layout.beside(params).measured
-        ends = [
-            jnp.where(g == 0, p, -jnp.sign(g).astype(p.dtype) * jnp.inf)
-            for g, p in zip(layout.measured, weights, strict=True)
-        ]
-        bounds = Layout.of(constraint(layout.rebuild(ends, other=lambda _: None)), "leaf").measured
-        held = [
-            (g != 0) & (jnp.abs(b - p) <= 4 * float(jnp.finfo(p.dtype).eps) * jnp.abs(p))
-            for g, p, b in zip(layout.measured, weights, bounds, strict=True)
-        ]
-        kept = [jnp.where(h, 0, g) for h, g in zip(held, layout.measured, strict=True)]
-        recorded = {
-            f"{name}/fraction": share(held, constraint.axis_name),
-            f"{name}/steps": increment(state.recorded[f"{name}/steps"]),
-        }
-        return layout.rebuild(kept), ProjectState(recorded, ())
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    def nearest(self, reached: list[Array], memory: Any) -> Move:
+        tree = self.scopes.alone(reached)
+        constraint = self.constraint
+        return constraint.move(tree, memory) if constraint.move else Move(constraint(tree), memory)
 
 
-def where(predicate: Callable[[str, Any], bool]) -> Callable[[Any], Any]:
-    """Make a mask for `optax.masked` from the paths of the leaves.
-
-    Args:
-        predicate: ``(path, leaf) -> bool``. The path joins keys by "/", such as ``"dense/kernel"`` or
-            ``"params/dense/kernel"``: the same for linen and nnx, at init and at update.
-
-    Returns:
-        A callable ``tree -> tree of bool``.
-
-    Raises:
-        TypeError: if the predicate is not callable.
-
-    Examples:
-        >>> import jax.numpy as jnp
-        >>> import optax
-        >>> from optax_clip import norm_ball, project_weights, where
-        >>> kernels = where(lambda path, leaf: path.endswith("kernel"))
-        >>> print(kernels({"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}))
-        {'dense': {'bias': False, 'kernel': True}}
-        >>> tx = optax.masked(project_weights(norm_ball(1.0)), kernels)
-    """
-    if not callable(predicate):
-        raise TypeError(f"Expected predicate to be callable, got predicate={predicate!r}.")
-
-    def mask(tree: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: bool(predicate(path_string(path), leaf)), tree
-        )
-
-    return mask
+Landed = tuple[list[Array], Any, tuple[Array, Array]]
 
 
-class _Projected(NamedTuple):
-    """The updates that land in the set, how far that moves the weights, and the share it concerns."""
+def redirect(
+    constraint: Constraint, updates: optax.Updates, params: optax.Params, memory: Any, *, record: bool
+) -> tuple[optax.Updates, Any, tuple[Array, Array]]:
+    """The updates that land in the set, its memory, how far that moves the weights and the share moved."""
+    scopes, us = Scopes.of(updates, "leaf", constraint.axis_name, beside=params)
+    how = _How(constraint, scopes, record)
+    way = _landed_and_measured if record and constraint.outside else _landed
+    new, memory, moved = way(how, scopes.leaves_of(params), us, memory)
+    return scopes.rebuild(updates, new), memory, moved
 
-    updates: optax.Updates
-    distance: Array
-    fraction: Array
+
+def _landed(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Landed:
+    """Where to, and the updates that land there."""
+    reached = [reach(p, u) for p, u in zip(ps, us, strict=True)]
+    move = how.nearest(reached, memory)
+    _, targets = Scopes.of(move.params, "leaf", axis_name=())
+    each = zip(ps, us, reached, targets, strict=True)
+    new = [land(*those, shrinks=how.constraint.shrinks) for those in each]
+    nothing = jnp.float32(0), jnp.float32(0)
+    measured = move.report or functools.partial(_moves, how, ps, reached, new)
+    return new, move.memory, measured() if how.record else nothing
 
 
-def _project_updates(
-    constraint: Constraint, memory: Memory, kept: Any, updates: optax.Updates, params: optax.Params
-) -> tuple[_Projected, Any]:
-    layout = Layout.of(updates, "leaf")
-    weights = layout.beside(params).measured
-    # XLA contracts products with the sums below, which `apply_updates` would not repeat.
-    wanted = [lax.optimization_barrier(u) for u in layout.measured]
-    reached = [applied(p, u) for p, u in zip(weights, wanted, strict=True)]
-    nearest, new = memory.nearest(layout.rebuild(reached, other=lambda _: None), kept)
-    targets = Layout.of(nearest, "leaf").measured
-    landed = [
-        land(p, u, s, t, shrinks=constraint.shrinks)
-        for p, u, s, t in zip(weights, wanted, reached, targets, strict=True)
+@_cpu.instead(lambda how, *arrays: _measured_then_landed(how, *arrays))
+def _landed_and_measured(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Landed:
+    return _landed(how, ps, us, memory)
+
+
+def _measured_then_landed(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Landed:
+    """On CPU: sums that read weights and updates alone, before the weights are overwritten."""
+    own = [_cpu.apart(*pair) for pair in zip(ps, us, strict=True)]
+    gaps = how.constraint.outside(how.scopes.alone([add_as_apply_updates(*pair) for pair in own]), memory)
+    again = [_cpu.apart(*pair) for pair in zip(ps, us, strict=True)]
+    marks = how.constraint.outside(how.scopes.alone([add_as_apply_updates(*pair) for pair in again]), memory)
+    squares = [jnp.sum(gap * gap) for gap in gaps]
+    counts = [jnp.sum(_cpu.indicator(gap)) for gap in marks]
+    us, moved = lax.optimization_barrier((us, _over_all(how, ps, squares, counts)))
+    new, memory, _ = _landed(how._replace(record=False), ps, us, memory)
+    return new, memory, moved
+
+
+def _moves(how: _How, ps: list[Array], reached: list[Array], new: list[Array]) -> tuple[Array, Array]:
+    """From where the weights end up, as `optax.apply_updates` computes it, so that XLA does so once."""
+    pairs = [
+        _two_sums(*lax.stop_gradient(_gap(s, p, v))) for s, p, v in zip(reached, ps, new, strict=True)
     ]
-    pairs = list(zip(wanted, landed, strict=True))
-    if memory.marks is None:
-        moved = [positive(_gap, *pair) for pair in pairs]
-        fraction = share(moved, constraint.axis_name, lambda: [u != v for u, v in pairs])
-    else:
-        fraction = share(memory.marks(nearest, new), constraint.axis_name)
-    whole = Layout.of(landed, "global", constraint.axis_name)
-    distance = measure(whole, ord=None, parts=pairs, read=_gap)[0].value.astype(jnp.float32)
-    return _Projected(layout.rebuild(landed), distance, fraction), new
+    squares, counts = zip(*pairs, strict=True) if pairs else ((), ())
+    return _over_all(how, ps, squares, counts)
 
 
-def _gap(x: Array, y: Array) -> Array:
-    dtype = accumulator([x, y])
-    return jnp.abs(widen(x, dtype) - widen(y, dtype))
+def _gap(reached: Array, p: Array, new: Array) -> tuple[Array, Array]:
+    """The square of how far an entry was moved, and whether it was."""
+    end = optax.apply_updates(p, new)
+    wide = accumulator([p])
+    s, end = widen(reached, wide), widen(end, wide)
+    if p.dtype == jnp.bfloat16:
+        end = lax.reduce_precision(end, 8, 7)  # XLA may keep more
+    gap = jnp.abs(s - end)
+    return gap * gap, (gap != 0).astype(wide)
+
+
+def _two_sums(x: Array, y: Array) -> tuple[Array, Array]:
+    """Two sums; on a GPU as one of complex numbers, since a second one splits an optimizer's kernel."""
+
+    def as_complex(x: Array, y: Array) -> tuple[Array, Array]:
+        both = jnp.sum(lax.complex(x, y))
+        return both.real, both.imag
+
+    def apart(x: Array, y: Array) -> tuple[Array, Array]:
+        return jnp.sum(x), jnp.sum(y)
+
+    return _cpu.by_platform(x, y, cuda=as_complex, default=apart)
+
+
+def _over_all(
+    how: _How, ps: Sequence[Array], squares: Sequence[Array], counts: Sequence[Array]
+) -> tuple[Array, Array]:
+    """Distance and fraction from the sums of each leaf, on all devices that hold a part of it."""
+    axes = [reduction_axes(how.constraint.axis_name, p) for p in ps]
+    size = max(sum(p.size * axis_size(names) for p, names in zip(ps, axes, strict=True)), 1)
+    sums = all_reduce([*squares, *counts], [*axes, *axes], lax.psum)
+    parts = [x.astype(jnp.float32) for x in sums]
+    square, count = (
+        functools.reduce(jnp.add, half, jnp.float32(0)) for half in (parts[: len(ps)], parts[len(ps) :])
+    )
+    return jnp.sqrt(square), count / size

@@ -1,9 +1,13 @@
 """Read what happened out of an optimizer state."""
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+
+from optax_clip._records import FIELDS, PARTS
 
 __all__ = ["metrics"]
 
@@ -42,21 +46,40 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
         clip/steps_nonfinite 0
         clip/threshold 1.0
     """
+    if any(callable(x) for x in jax.tree.leaves(opt_state)):
+        raise TypeError(f"Expected opt_state to be the state of a transform, got opt_state={opt_state!r}.")
     records: dict[Any, dict[str, dict[str, jax.Array]]] = {}
-    for path, value in jax.tree_util.tree_leaves_with_path(opt_state):
+    for path, packed in jax.tree_util.tree_leaves_with_path(opt_state):
         keys = [str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", "")))) for k in path]
-        for i, (field, full) in enumerate(itertools.pairwise(keys)):
-            if field == "recorded" and "/" in full:
-                name, key = full.rsplit("/", 1)
-                records.setdefault(tuple(path[: i + 1]), {}).setdefault(name, {})[key] = value
-    found: dict[str, jax.Array] = {}
-    taken: set[str] = set()
+        if "recorded" in keys:
+            at = keys.index("recorded")
+            owner = records.setdefault(tuple(path[:at]), {})
+            for name, key, value in _unpacked(keys[at + 1 :], packed):
+                owner.setdefault(name, {})[key] = value
+    names = [name for record in records.values() for name in record]
+    taken, found = set(), {}
     for record in records.values():
         for name, values in record.items():
-            free, n = name, 0
-            while free in taken:
-                n += 1
-                free = f"{name}_{n}"
+            free = _free(name, taken, {*names})
             taken.add(free)
             found |= {f"{free}/{key}": value for key, value in values.items()}
     return found
+
+
+def _unpacked(keys: list[str], packed: Any) -> Iterator[tuple[str, str, jax.Array]]:
+    """The name of the transform, and the key and value of each metric, of one packed entry."""
+    keys = keys[:-1] if keys[-1:] == ["value"] else keys  # of an nnx.Variable
+    if not keys or keys[-1] not in FIELDS or jnp.ndim(packed) == 0:
+        return
+    *above, field = keys
+    at = above.index(PARTS) if PARTS in above else len(above)
+    for i, key in enumerate(FIELDS[field]):
+        yield "/".join(above[:at]), "/".join([*above[at + 1 :], key]), packed[..., i]
+
+
+def _free(name: str, taken: set[str], given: set[str]) -> str:
+    """The name, or, where it is taken, with the first number that no transform was given as name."""
+    if name not in taken:
+        return name
+    numbered = (f"{name}_{n}" for n in itertools.count(1))
+    return next(each for each in numbered if each not in taken | given)

@@ -3,35 +3,39 @@
 import functools
 import math
 import operator
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from optax_clip import _validate
-from optax_clip._numerics import as_if, broadcast_like, scale, shorten, widen
-from optax_clip._trees import Layout
+from optax_clip import _settings, _validate
+from optax_clip._numerics import (
+    broadcast_like,
+    clamp,
+    round_down,
+    round_toward_zero,
+    scale,
+    straight_through,
+    widen,
+)
+from optax_clip._settings import Initial, Setting
 from optax_clip._validate import AxisName, Ord, Scope
-from optax_clip.norms import measure, scope_sizes, shares
+from optax_clip.norms import Norm
 from optax_clip.sets.boxes import box
 from optax_clip.sets.constraint import (
     Constraint,
-    Setting,
+    Move,
+    NormBounds,
     largest,
     margins,
-    ordered,
-    per_scope,
-    settings,
+    moved_by,
+    no_start,
 )
-from optax_clip.sets.simplexes import Cut, l1_ball
+from optax_clip.sets.simplexes import l1_ball
 
 __all__ = ["norm_ball", "norm_shell", "norm_sphere"]
-
-# The least and the largest norm, each under the name that the user gave it by.
-Bounds = tuple[dict[str, Setting], dict[str, Setting]]
 
 
 def norm_ball(
@@ -47,8 +51,9 @@ def norm_ball(
     .. math:: P(w)_i = \mathrm{sign}(w_i) \max(|w_i| - \theta, 0)
 
     Args:
-        radius: the largest norm r >= 0: a number, a 0-d array, or a tree of these that is a prefix of
-            the weights (one number with ``scope="global"``).
+        radius: the largest norm r >= 0: a number, an array that broadcasts to the norms of each leaf,
+            a tree of these that is a prefix of the weights, a formula ``(path, leaf) -> number``, or
+            `initial`. One number with ``scope="global"``; with `groups` one, or a dict by label.
         ord: ``None`` or 2, 1, or ``math.inf``. Static.
         scope: which entries share a norm, as in `clip_by_norm`.
         axis_name: mapped axes to sum over, as in `tree_norms`.
@@ -74,19 +79,17 @@ def norm_ball(
         https://jmlr.org/papers/v15/srivastava14a.html; for order 1 Michelot, 1986,
         https://doi.org/10.1007/BF00938486, and Condat, 2016, https://doi.org/10.1007/s10107-015-0946-6
     """
-    settings(functools.partial(_validate.at_least, 0), radius=radius)
+    _settings.at_least(0, radius=radius)
     _validate.scope(scope)
-    _validate.axes(axis_name=axis_name)
+    _validate.axis_name(axis_name=axis_name)
     _validate.static(ord=ord)
     if ord not in (None, 1, 2, math.inf):
         raise ValueError(f"Expected ord to be None, 1, 2 or inf, got ord={ord!r}.")
-    if ord == math.inf:
-        bound = jax.tree.map(lambda r: jnp.maximum(r, 0) if isinstance(r, Array) else r, radius)
-        return box(jax.tree.map(operator.neg, bound), bound, axis_name=axis_name)
-    bounds: Bounds = {"lower": 0.0}, {"radius": radius}
-    cut = functools.partial(Layout.of, scope=scope, axis_name=axis_name)
-    nearest = l1_ball(radius, cut) if ord == 1 else _by_norm(cut, *bounds)
-    return Constraint(nearest, _norm_excess(cut, *bounds, ord), shrinks=True, axis_name=axis_name)
+    if ord == math.inf and not isinstance(radius, Initial):
+        return _cube(radius, axis_name)
+    bounds = NormBounds(scope, axis_name, ord, {"radius": radius})
+    move = l1_ball if ord == 1 else (_max_ball if ord == math.inf else _by_norm)
+    return _norm_set(bounds, functools.partial(move, bounds), "", "radius", shrinks=True)
 
 
 def norm_sphere(
@@ -97,8 +100,9 @@ def norm_sphere(
     .. math:: P(w)_s = w_s \frac{r}{\|w_s\|_2} \quad \text{for each scope } s
 
     Args:
-        radius: the norm r >= 0: a number, a 0-d array, or a tree of these that is a prefix of the
-            weights.
+        radius: the norm r >= 0: a number, an array that broadcasts to the norms of each leaf,
+            a tree of these that is a prefix of the weights, a formula ``(path, leaf) -> number``, or
+            `initial`. One number with ``scope="global"``; with `groups` one, or a dict by label.
         scope: which entries share a norm, as in `clip_by_norm`.
         axis_name: mapped axes to sum over, as in `tree_norms`.
 
@@ -121,14 +125,13 @@ def norm_sphere(
     References:
         Salimans, Kingma, 2016, https://arxiv.org/abs/1602.07868
     """
-    settings(functools.partial(_validate.at_least, 0), radius=radius)
-    settings(_validate.finite, radius=radius)
+    _settings.at_least(0, radius=radius)
+    _settings.finite(radius=radius)
     _validate.scope(scope)
-    _validate.axes(axis_name=axis_name)
-    bounds: Bounds = {"radius": radius}, {"radius": radius}
-    cut = functools.partial(Layout.of, scope=scope, axis_name=axis_name)
-    nearest = _by_norm(cut, *bounds, sphere=True)
-    return Constraint(nearest, _norm_excess(cut, *bounds), shrinks=None, axis_name=axis_name)
+    _validate.axis_name(axis_name=axis_name)
+    bounds = NormBounds(scope, axis_name, None, {"radius": radius})
+    move = functools.partial(_by_norm, bounds, lower="radius", sphere=True)
+    return _norm_set(bounds, move, "radius", "radius", shrinks=None)
 
 
 def norm_shell(
@@ -139,8 +142,9 @@ def norm_shell(
     .. math:: P(w)_s = w_s \frac{\max(l, \min(u, \|w_s\|_2))}{\|w_s\|_2} \quad \text{for each scope } s
 
     Args:
-        lower: the smallest norm l >= 0: a number, a 0-d array, or a tree of these that is a prefix of
-            the weights.
+        lower: the smallest norm l >= 0: a number, an array that broadcasts to the norms of each leaf,
+            a tree of these that is a prefix of the weights, a formula ``(path, leaf) -> number``, or
+            `initial`. One number with ``scope="global"``; with `groups` one, or a dict by label.
         upper: the largest norm u >= l, likewise.
         scope: which entries share a norm, as in `clip_by_norm`.
         axis_name: mapped axes to sum over, as in `tree_norms`.
@@ -167,49 +171,90 @@ def norm_shell(
     References:
         Keras, ``MinMaxNorm``, https://keras.io/api/layers/constraints
     """
-    settings(functools.partial(_validate.at_least, 0), lower=lower, upper=upper)
-    settings(_validate.finite, lower=lower)
-    ordered(lower=lower, upper=upper)
+    _settings.at_least(0, lower=lower, upper=upper)
+    _settings.finite(lower=lower)
+    _settings.ordered(lower=lower, upper=upper)
     _validate.scope(scope)
-    _validate.axes(axis_name=axis_name)
+    _validate.axis_name(axis_name=axis_name)
+    bounds = NormBounds(scope, axis_name, None, {"lower": lower, "upper": upper})
+    move = functools.partial(_by_norm, bounds, lower="lower", upper="upper")
+    return _norm_set(bounds, move, "lower", "upper", shrinks=False)
 
-    bounds: Bounds = {"lower": lower}, {"upper": upper}
-    cut = functools.partial(Layout.of, scope=scope, axis_name=axis_name)
-    return Constraint(_by_norm(cut, *bounds), _norm_excess(cut, *bounds), axis_name=axis_name)
+
+def _cube(radius: Setting, axis_name: AxisName) -> Constraint:
+    """The ball of order inf, which is a box."""
+    if callable(radius):
+        return box(lambda *leaf: -radius(*leaf), radius, axis_name=axis_name)
+    bound = jax.tree.map(lambda r: jnp.maximum(r, 0) if isinstance(r, Array) else r, radius)
+    return box(jax.tree.map(operator.neg, bound), bound, axis_name=axis_name)
+
+
+def _norm_set(bounds: NormBounds, move: Any, lower: str, upper: str, *, shrinks: bool | None) -> Constraint:
+    """The set of all trees whose norms are between two bounds, "" for none."""
+
+    def excess(params: optax.Params) -> Array:
+        """A scope of zeros is not below."""
+        scopes, xs, norms = bounds.cut(params)
+        values = [norm.value for norm in norms]
+        highs = bounds.read(upper, scopes, xs, values, None)
+        lows = bounds.read(lower, scopes, xs, values, None) if lower else [jnp.zeros_like(h) for h in highs]
+        ends = zip(values, lows, highs, strict=True)
+        gaps = [jnp.maximum(jnp.where(v > 0, low - v, 0), v - high) for v, low, high in ends]
+        return largest([jnp.maximum(gap, 0) for gap in gaps])
+
+    constraint = Constraint(
+        lambda params: move(params, None).params, excess,
+        shrinks=shrinks, move=move, axis_name=bounds.axis_name,
+    )  # fmt: skip
+    if not bounds.remembers:
+        return constraint
+    raises = no_start(upper, bounds.settings[upper])
+    return constraint._replace(nearest=raises, excess=raises, init=bounds.init)
+
+
+class _Plan(NamedTuple):
+    """What becomes of the scopes of a cell: which move, which of them inwards, by which two factors."""
+
+    move: Array
+    over: Array
+    first: Array
+    second: Array
+    gap: Array
+
+
+def _plan(norm: Norm, n: Any, low: Array, high: Array, *, sphere: bool) -> _Plan:
+    margin, inside = margins(n, norm.root.dtype)
+    ends = low * (1 + inside), high * (1 - inside)
+    thin = ends[0] >= ends[1]  # thinner than what a norm can tell: onto the bound itself
+    slack = jnp.where(thin, margin, -margin)
+    over = ~(norm.root <= high * norm.scale * (1 + slack))
+    under = norm.root < low * norm.scale * (1 - slack)
+    target = jnp.where(over, jnp.where(thin, high, ends[1]), jnp.where(thin, low, ends[0]))
+    movable = jnp.isfinite(norm.root) & (norm.root > 0)
+    move = movable & (over | under)
+    used = movable & (move | sphere)
+    second = jnp.where(used, target, 1) / jnp.where(used, norm.root, 1)
+    gap = jnp.where(move, jnp.abs(norm.value - target), 0)
+    return _Plan(move, over, jnp.where(used, norm.scale, 1), second, gap)
 
 
 def _by_norm(
-    cut: Cut, lower: dict[str, Setting], upper: dict[str, Setting], *, sphere: bool = False
-) -> Callable[[Any], Any]:
-    """The projection that rescales each scope whose norm is outside [lower, upper]."""
-
-    def nearest(params: optax.Params) -> optax.Params:
-        layout = cut(params)
-        norms = measure(layout, ord=None)
-        roots = [norm.root for norm in norms]
-        floors = per_scope(layout, roots, **lower)
-        ceilings = per_scope(layout, roots, **upper)
-        sizes = scope_sizes(layout)
-        columns = []
-        for norm, low, high, n in zip(norms, floors, ceilings, sizes, strict=True):
-            margin, inside = margins(n, norm.root.dtype)
-            ends = low * (1 + inside), high * (1 - inside)
-            thin = ends[0] >= ends[1]  # thinner than what a norm can tell: onto the bound itself
-            slack = jnp.where(thin, margin, -margin)
-            over = norm.root > high * norm.scale * (1 + slack)
-            under = norm.root < low * norm.scale * (1 - slack)
-            target = jnp.where(over, jnp.where(thin, high, ends[1]), jnp.where(thin, low, ends[0]))
-            movable = jnp.isfinite(norm.root) & (norm.root > 0)
-            move = movable & (over | under)
-            used = movable if sphere else move
-            second = jnp.where(used, target, 1) / jnp.where(used, norm.root, 1)
-            columns.append((move, over, jnp.where(used, norm.scale, 1), second))
-        parts = [shares(layout, column) for column in zip(*columns, strict=True)] or [[]] * 4
-        new = [_move(x, *each, sphere=sphere) for x, *each in zip(layout.measured, *parts, strict=True)]
-        moved: optax.Params = layout.rebuild(new)
-        return moved
-
-    return nearest
+    bounds: NormBounds, params: optax.Params, memory: Any,
+    *, lower: str = "", upper: str = "radius", sphere: bool = False,
+) -> Move:  # fmt: skip
+    """Rescale each scope whose norm is outside [lower, upper]."""
+    scopes, xs, norms = bounds.cut(params)
+    roots = [norm.root for norm in norms]
+    highs = bounds.read(upper, scopes, xs, roots, memory)
+    lows = bounds.read(lower, scopes, xs, roots, memory) if lower else [jnp.zeros_like(h) for h in highs]
+    free = [bounds.free(upper, high) for high in highs]
+    highs = [jnp.where(f, jnp.inf, high) for f, high in zip(free, highs, strict=True)]
+    each = zip(norms, scopes.counts, lows, highs, strict=True)
+    plans = [_plan(*those, sphere=sphere) for those in each]
+    columns = [scopes.per_leaf(list(column)) for column in zip(*plans, strict=True)][:4]
+    new = [_move(x, *factors, sphere=sphere) for x, *factors in zip(xs, *columns, strict=True)]
+    report = moved_by(scopes, [plan.gap for plan in plans], [plan.move for plan in plans])
+    return Move(scopes.rebuild(params, new), memory, report)
 
 
 def _move(x: Array, move: Array, over: Array, first: Array, second: Array, *, sphere: bool) -> Array:
@@ -217,25 +262,27 @@ def _move(x: Array, move: Array, over: Array, first: Array, second: Array, *, sp
     product = scale(widen(x, first.dtype), first, second)
     moved = product.astype(x.dtype)
     if sphere:
-        x = as_if(x, moved)  # the derivative on the sphere is that of the projection too
+        x = straight_through(x, moved)  # the derivative on the sphere is that of the projection too
     else:
-        moved = lax.select(broadcast_like(over, x), shorten(product, x.dtype), moved)
+        moved = lax.select(broadcast_like(over, x), round_toward_zero(product, x.dtype), moved)
     return lax.select(broadcast_like(move, x), moved, x)
 
 
-def _norm_excess(
-    cut: Cut, lower: dict[str, Setting], upper: dict[str, Setting], ord: Ord = None
-) -> Callable[[Any], Array]:
-    """How far the norms are outside [lower, upper]; a scope of zeros is not below."""
+def _max_ball(bounds: NormBounds, params: optax.Params, memory: Any) -> Move:
+    """Each entry within the largest one that its scope had at the start."""
+    scopes, xs, norms = bounds.cut(params)
+    highs = bounds.read("radius", scopes, xs, [norm.root for norm in norms], memory)
+    highs = [jnp.where(bounds.free("radius", high), jnp.inf, high) for high in highs]
+    new = [_within(x, high) for x, high in zip(xs, scopes.per_leaf(highs), strict=True)]
+    return Move(scopes.rebuild(params, new), memory)
 
-    def over_tree(params: optax.Params) -> Array:
-        layout = cut(params)
-        values = [norm.value for norm in measure(layout, ord=ord)]
-        bounds = per_scope(layout, values, **lower), per_scope(layout, values, **upper)
-        outside = [
-            jnp.maximum(jnp.where(norm > 0, low - norm, 0), norm - high)
-            for norm, low, high in zip(values, *bounds, strict=True)
-        ]
-        return largest([jnp.maximum(x, 0) for x in outside])
 
-    return over_tree
+def _within(x: Array, high: Array) -> Array:
+    """Each entry of modulus at most ``high``."""
+    if not jnp.iscomplexobj(x):
+        bound = round_down(high, x.dtype)
+        return clamp(x, -bound, bound)
+    size = jnp.abs(widen(x, high.dtype))
+    aim = high * (1 - 4 * float(jnp.finfo(high.dtype).eps))
+    moved = scale(widen(x, high.dtype), jnp.where(size > high, aim, 1) / jnp.where(size > high, size, 1))
+    return jnp.where(size > high, round_toward_zero(moved, x.dtype), x)

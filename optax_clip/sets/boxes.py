@@ -2,7 +2,8 @@
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,20 +11,13 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from optax_clip import _validate
+from optax_clip import _settings, _validate
+from optax_clip._mesh import place_like
 from optax_clip._numerics import accumulator, as_dtype, clamp, round_down, round_up, widen
-from optax_clip._trees import Layout, path_string, place_like, shape_of
+from optax_clip._settings import Setting, aligned, precise
+from optax_clip._trees import Scopes, shape_of
 from optax_clip._validate import AxisName
-from optax_clip.sets.constraint import (
-    Constraint,
-    Memory,
-    Setting,
-    largest,
-    leafwise,
-    ordered,
-    precise,
-    require_real,
-)
+from optax_clip.sets.constraint import Constraint, Move, largest, no_start, require_real
 
 __all__ = ["box", "init_box", "non_negative"]
 
@@ -34,18 +28,19 @@ def box(lower: Setting, upper: Setting, *, axis_name: AxisName = None) -> Constr
     .. math:: P(w)_i = \max(l, \min(u, w_i))
 
     Args:
-        lower: the smallest value l: a number (``-math.inf`` for none), a 0-d array, or a tree of these
-            that is a prefix of the weights.
+        lower: the smallest value l: a number (``-math.inf`` for none), an array that broadcasts to each
+            leaf, a tree of these that is a prefix of the weights, or a formula ``(path, leaf) -> number``.
         upper: the largest value u, likewise.
         axis_name: mapped axes to sum the metrics over, as in `global_norm`.
 
     Returns:
         A set for `project_weights`, `project` and `violation`. Bounds that the dtype of a leaf cannot
-        represent are rounded inwards, so that a bfloat16 weight is never above 0.1. NaN stays NaN.
+        represent are rounded inwards, so that a bfloat16 weight is never above 0.1, and a float8 one is
+        finite. NaN stays NaN.
 
     Raises:
-        ValueError: if ``lower > upper`` anywhere or a bound is NaN; for a complex leaf, or where a tree
-            is not a prefix of the weights.
+        ValueError: if ``lower > upper`` anywhere or a bound is NaN; for a complex leaf, where a tree is
+            not a prefix of the weights or an array does not broadcast to its leaf.
         TypeError: if a bound is not a number.
 
     Examples:
@@ -59,27 +54,19 @@ def box(lower: Setting, upper: Setting, *, axis_name: AxisName = None) -> Constr
     References:
         Arjovsky, Chintala, Bottou, 2017, https://arxiv.org/abs/1701.07875
     """
-    ordered(lower=lower, upper=upper)
-    _validate.axes(axis_name=axis_name)
+    _settings.ordered(lower=lower, upper=upper)
+    _validate.axis_name(axis_name=axis_name)
 
-    def nearest(path: Any, x: Array, low: Any, high: Any) -> Array:
-        require_real(path, x, of="box")
-        bounds = round_up(precise(low), x.dtype), round_down(precise(high), x.dtype)
-        return clamp(x, *map(jnp.asarray, bounds))
+    def bounds(params: optax.Params, memory: Any = ()) -> Bounded:
+        del memory
+        scopes, xs = Scopes.of(params, "leaf", axis_name)
+        require_real(scopes, xs, of="box")
+        shapes = [x.shape for x in xs]
+        lows = _settings.per_leaf(scopes, xs, shapes, lower=lower)
+        highs = _settings.per_leaf(scopes, xs, shapes, upper=upper)
+        return Bounded(scopes, xs, [_inwards(*each) for each in zip(xs, lows, highs, strict=True)])
 
-    def excess(path: Any, x: Array, low: Any, high: Any) -> Array:
-        require_real(path, x, of="box")
-        y = widen(x, accumulator([x]))
-        bounds = [as_dtype(precise(bound), y.dtype) for bound in (low, high)]
-        return jnp.maximum(jnp.maximum(bounds[0] - y, y - bounds[1]), 0)
-
-    both = {"lower": lower, "upper": upper}
-    return Constraint(
-        leafwise(nearest, **both),
-        lambda params: largest(leafwise(excess, **both)(params), axis_name),
-        entrywise=True,
-        axis_name=axis_name,
-    )
+    return _entrywise(bounds, axis_name)
 
 
 def non_negative(*, axis_name: AxisName = None) -> Constraint:
@@ -120,10 +107,9 @@ def init_box(kappa: ArrayLike, *, axis_name: AxisName = None) -> Constraint:
         A set for `project_weights`, which keeps the bounds of the weights that its ``init`` saw in its
         state. A leaf that starts at 0, such as a bias, takes the bound of the kernel beside it (the
         leaf of rank 2 or more under the same parent, the largest bound of several), else it has none.
-        The metric ``fraction`` is the share of weights at their bound. Elsayed et al. take for m the
-        bound of the uniform initialisation; the largest weight at the start is that, but for sampling,
-        and is there for every other initialisation. From an ``init`` on `jax.ShapeDtypeStruct` the
-        bounds are NaN, to be filled from a checkpoint.
+        Elsayed et al. take for m the bound of the uniform initialisation; we use the largest initial
+        weight: nearly the same for uniform initialisation, and defined for every other. From an ``init``
+        on `jax.ShapeDtypeStruct` the bounds are NaN, to be filled from a checkpoint.
 
     Raises:
         ValueError: for a negative, infinite or NaN kappa; for a complex leaf; from `project` and
@@ -146,48 +132,69 @@ def init_box(kappa: ArrayLike, *, axis_name: AxisName = None) -> Constraint:
     """
     _validate.at_least(0, kappa=kappa)
     _validate.finite(kappa=kappa)
-    _validate.axes(axis_name=axis_name)
+    _validate.axis_name(axis_name=axis_name)
 
-    def no_start(params: optax.Params) -> Any:
-        del params
-        raise ValueError(
-            "Expected init_box inside project_weights, whose state holds the bounds; project and "
-            f"violation know of no start. Got kappa={kappa!r}."
-        )
-
-    def init(params: optax.Params) -> tuple[Any, ...]:
-        layout = Layout.of(params, "leaf")
-        paths = [layout.paths[i] for i in layout.places]
-        own = [as_dtype(kappa, jnp.float32) * _largest(layout.leaves[i]) for i in layout.places]
-        bounds: list[Any] = [()] * len(layout.leaves)
-        for place, path, bound in zip(layout.places, paths, own, strict=True):
-            beside = [
-                other
-                for near, other, i in zip(paths, own, layout.places, strict=True)
-                if _parent(near) == _parent(path) and len(shape_of(layout.leaves[i])) > 1
-            ]
+    def init(params: optax.Params) -> Array:
+        scopes, xs = Scopes.of(params, "leaf", axis_name=())
+        own = [as_dtype(kappa, jnp.float32) * _largest(x) for x in xs]
+        places = list(zip(scopes.places, xs, own, strict=True))
+        bounds = jnp.zeros(len(scopes.paths), jnp.float32)
+        for place, _, bound in places:
+            parent = _parent(scopes.paths[place])
+            beside = [b for i, x, b in places if _parent(scopes.paths[i]) == parent and len(shape_of(x)) > 1]
             spare = functools.reduce(jnp.maximum, beside, jnp.float32(0))
             spare = jnp.where(spare == 0, jnp.inf, spare)
-            bounds[place] = jnp.where(bound == 0, spare, bound)
-        return place_like(tuple(bounds), params)
+            bounds = bounds.at[place].set(jnp.where(bound == 0, spare, bound))
+        return place_like(bounds, params)
 
-    def ends(params: optax.Params, bounds: tuple[Any, ...]) -> tuple[Layout, list[Array]]:
-        layout = Layout.of(params, "leaf")
-        for i, x in zip(layout.places, layout.measured, strict=True):
-            require_real(layout.paths[i], x, of="box")
-        pairs = zip(layout.measured, layout.places, strict=True)
-        return layout, [round_down(bounds[i], x.dtype) for x, i in pairs]
+    def bounds(params: optax.Params, memory: Array) -> Bounded:
+        scopes, xs = Scopes.of(params, "leaf", axis_name)
+        require_real(scopes, xs, of="box")
+        highs = [jnp.where(memory[i] == 0, jnp.inf, memory[i]) for i in scopes.places]
+        ends = [_inwards(x, -high, high) for x, high in zip(xs, highs, strict=True)]
+        return Bounded(scopes, xs, ends)
 
-    def nearest(params: optax.Params, bounds: tuple[Any, ...]) -> tuple[optax.Params, Any]:
-        layout, highs = ends(params, bounds)
-        clamped = [clamp(x, -high, high) for x, high in zip(layout.measured, highs, strict=True)]
-        return layout.rebuild(clamped), bounds
+    raises = no_start("kappa", kappa)
+    return _entrywise(bounds, axis_name)._replace(nearest=raises, excess=raises, init=init)
 
-    def at_bound(params: optax.Params, bounds: tuple[Any, ...]) -> list[Array]:
-        layout, highs = ends(params, bounds)
-        return [jnp.abs(x) >= high for x, high in zip(layout.measured, highs, strict=True)]
 
-    return Constraint(no_start, no_start, memory=Memory(init, nearest, at_bound), axis_name=axis_name)
+class Bounded(NamedTuple):
+    """The leaves of a tree, each with its lower and its upper bound, in the dtype of the leaf."""
+
+    scopes: Scopes
+    xs: list[Array]
+    ends: list[tuple[Array, Array]]
+
+
+def _entrywise(bounds: Callable[..., Bounded], axis_name: AxisName) -> Constraint:
+    """The set of all trees whose entries are between their bounds."""
+
+    def nearest(params: optax.Params, memory: Any = ()) -> optax.Params:
+        scopes, xs, ends = bounds(params, memory)
+        return scopes.rebuild(params, [clamp(x, *each) for x, each in zip(xs, ends, strict=True)])
+
+    def outside(params: optax.Params, memory: Any = ()) -> list[Array]:
+        scopes, xs, ends = bounds(params, memory)
+        return [_gap(x, *each) for x, each in zip(xs, ends, strict=True)]
+
+    def excess(params: optax.Params) -> Array:
+        return largest(outside(params), axis_name)
+
+    def move(params: optax.Params, memory: Any) -> Move:
+        return Move(nearest(params, memory), memory)
+
+    return Constraint(nearest, excess, move=move, outside=outside, axis_name=axis_name)
+
+
+def _inwards(x: Array, low: Any, high: Any) -> tuple[Array, Array]:
+    ends = round_up(precise(low), x.dtype), round_down(precise(high), x.dtype)
+    return tuple(aligned(jnp.asarray(end), x.ndim) for end in ends)
+
+
+def _gap(x: Array, low: Array, high: Array) -> Array:
+    wide = accumulator([x])
+    y = widen(x, wide)
+    return jnp.maximum(jnp.maximum(low.astype(wide) - y, y - high.astype(wide)), 0)
 
 
 def _largest(x: Any) -> Array:
@@ -198,5 +205,5 @@ def _largest(x: Any) -> Array:
     return peak
 
 
-def _parent(path: Any) -> str:
-    return path_string(path).rpartition("/")[0]
+def _parent(path: str) -> str:
+    return path.rpartition("/")[0]

@@ -1,7 +1,7 @@
 """What a set is, and what the sets share."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,30 +11,29 @@ import optax
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from optax_clip import _validate
-from optax_clip._numerics import accumulator, across_devices, as_dtype, mapped_over, widen
-from optax_clip._trees import Layout, path_string
-from optax_clip._validate import AxisName
+from optax_clip import _settings, _validate
+from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes, varying_axes
+from optax_clip._numerics import accumulator, widen
+from optax_clip._settings import Initial, Setting
+from optax_clip._trees import Cells, Scopes
+from optax_clip._validate import AxisName, Ord, Scope
+from optax_clip.norms import Norm, measure, total
 
-__all__ = ["Constraint"]
-
-# A number, or a tree of numbers that is a prefix of the weights.
-Setting = ArrayLike | Any
+__all__ = ["Constraint", "initial"]
 
 
-class Memory(NamedTuple):
-    """What a set keeps in the state of `project_weights`.
+class Move(NamedTuple):
+    """What a projection does to a tree.
 
     Args:
-        init: ``params -> memory``.
-        nearest: ``(params, memory) -> (params, memory)``.
-        marks: ``(params, memory) -> tree of bool``, which entries the metric ``fraction`` counts; None
-            for those that the projection moved.
+        params: the projected tree.
+        memory: what the set keeps.
+        report: gives how far it moved, and the share of entries, where that follows from what is at hand.
     """
 
-    init: Callable[[optax.Params], Any]
-    nearest: Callable[[optax.Params, Any], tuple[optax.Params, Any]]
-    marks: Callable[[optax.Params, Any], Any] | None = None
+    params: optax.Params
+    memory: Any = ()
+    report: Callable[[], tuple[Array, Array]] | None = None
 
 
 class Constraint(NamedTuple):
@@ -44,10 +43,13 @@ class Constraint(NamedTuple):
         nearest: ``params -> params``, the projection, in the dtype of each leaf. A leaf that is inside
             comes back bit for bit.
         excess: ``params -> scalar``, how far outside; 0 inside.
-        shrinks: whether the set stays a set when entries shrink towards 0; None if it has no inside,
-            like a sphere, so that no side is the better one to land on.
-        memory: for a set that remembers, such as `init_box`; `project_weights` then keeps it.
-        entrywise: whether each entry is bounded on its own, as in a box.
+        shrinks: on which side of its target an update ends up that misses it by a rounding. True: nearer
+            to 0, for sets that stay sets when entries shrink. False: further inside. None: on either,
+            for sets without an inside, like a sphere.
+        move: ``(params, memory) -> Move`` for a set that remembers or knows how far it moves.
+        init: ``params -> memory``, what `project_weights` keeps for a set that remembers.
+        outside: ``(tree, memory) -> list``, how far each entry is outside, for a set that bounds each on
+            its own.
         axis_name: mapped axes that the metrics are summed over, as in `global_norm`.
 
     Examples:
@@ -66,13 +68,106 @@ class Constraint(NamedTuple):
     nearest: Callable[[optax.Params], optax.Params]
     excess: Callable[[optax.Params], Array]
     shrinks: bool | None = False
-    memory: Memory | None = None
-    entrywise: bool = False
+    move: Callable[[optax.Params, Any], Move] | None = None
+    init: Callable[[optax.Params], Any] | None = None
+    outside: Callable[[optax.Params, Any], list[Array]] | None = None
     axis_name: AxisName = None
 
     def __call__(self, params: optax.Params) -> optax.Params:
         """The projection, so that a set is itself a callable ``params -> params``."""
         return self.nearest(params)
+
+
+def initial(kappa: ArrayLike = 1.0) -> Initial:
+    r"""A radius relative to the weights at the start: κ times the norm of each scope at init.
+
+    For training on the sphere of the initial norms (Hyperball) and for bounds that follow the
+    initialisation. `project_weights` keeps the norms that its ``init`` saw.
+
+    .. math:: r_s = \kappa \|w_s^{(0)}\|
+
+    Args:
+        kappa: the factor κ >= 0, a number or a 0-d array.
+
+    Returns:
+        A radius or bound for `norm_ball`, `norm_sphere`, `norm_shell` and `spectral_ball`, in the order and
+        the scope of the set. The norms are float32. A scope of zeros at init is left free. From an
+        ``init`` on `jax.ShapeDtypeStruct` the norms are NaN, to be filled from a checkpoint. `project` and
+        `violation`, which know of no start, raise `ValueError`.
+
+    Raises:
+        ValueError: for a negative, infinite or NaN kappa.
+        TypeError: if kappa is not a number.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from optax_clip import initial, norm_sphere, project_weights
+        >>> tx = optax.chain(optax.sgd(1.0), project_weights(norm_sphere(initial())))
+        >>> params = jnp.array([3.0, 4.0])
+        >>> updates, _ = tx.update(jnp.array([3.0, -4.0]), tx.init(params), params)
+        >>> print(optax.apply_updates(params, updates))
+        [0. 5.]
+
+    References:
+        Wen et al., 2025, Fantastic pretraining optimizers and where to find them,
+        https://arxiv.org/abs/2509.02046; Hyperball: https://whenwen.github.io/wd_blog
+    """
+    _validate.at_least(0, kappa=kappa)
+    _validate.finite(kappa=kappa)
+    return Initial(kappa)
+
+
+class NormBounds(NamedTuple):
+    """The bounds of a norm set, each number a scope, and the norms they are compared with."""
+
+    scope: Scope
+    axis_name: AxisName
+    ord: Ord
+    settings: Mapping[str, Setting]
+
+    @property
+    def remembers(self) -> bool:
+        return any(isinstance(value, Initial) for value in self.settings.values())
+
+    def init(self, params: optax.Params) -> dict[str, Array]:
+        """The norms at the start, one vector for each bound that is relative to them."""
+        scopes, xs = Scopes.of(params, self.scope, axis_name=())
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in xs):
+            norms = jnp.full(scopes.memory, jnp.nan, jnp.float32)
+        else:
+            norms = scopes.join([n.value for n in measure(scopes, xs, self.ord)]).astype(jnp.float32)
+        names = [name for name, value in self.settings.items() if isinstance(value, Initial)]
+        return place_like({name: jnp.copy(norms) for name in names}, params)
+
+    def cut(self, params: optax.Params) -> tuple[Scopes, list[Array], list[Norm]]:
+        scopes, xs = Scopes.of(params, self.scope, self.axis_name)
+        return scopes, xs, measure(scopes, xs, self.ord)
+
+    def read(self, name: str, scopes: Scopes, xs: Sequence[Array], like: Cells, memory: Any) -> Cells:
+        """One bound, cell by cell; NaN where it is relative to a norm of 0."""
+        value = self.settings[name]
+        if not isinstance(value, Initial):
+            return _settings.per_scope(scopes, xs, like, **{name: value})
+        norms = [x.astype(y.dtype) for x, y in zip(scopes.split(memory[name], like), like, strict=True)]
+        return [jnp.maximum(jnp.asarray(value.kappa, x.dtype), 0) * x for x in norms]
+
+    def free(self, name: str, bound: Array) -> Array:
+        """Is a scope left free, since it was 0 at the start?"""
+        return (bound == 0) & isinstance(self.settings[name], Initial)
+
+
+def no_start(name: str, value: Any) -> Callable[[optax.Params], Any]:
+    """What `project` and `violation` get of a set that is relative to the start."""
+
+    def raises(params: optax.Params) -> Any:
+        del params
+        raise ValueError(
+            f"Expected a set relative to the start inside project_weights, whose state holds it; project "
+            f"and violation know of no start. Got {name}={value!r}."
+        )
+
+    return raises
 
 
 def as_constraint(constraint: Any) -> Constraint:
@@ -86,67 +181,59 @@ def as_constraint(constraint: Any) -> Constraint:
         )
 
     def nearest(params: optax.Params) -> optax.Params:
-        moved: optax.Params = jax.tree.map(_in_dtype_of, constraint(params), params)
+        new = _called(constraint, params)
+        if isinstance(new, Constraint):
+            raise TypeError(
+                f"Expected constraint to be a set, got constraint={constraint!r}, which makes one: call it, "
+                "as in norm_ball(1.0). Under optax.inject_hyperparams pass static_args=('constraint',)."
+            )
+        _same_shapes(constraint, new, params)
+        moved: optax.Params = jax.tree.map(lambda y, x: jnp.asarray(y).astype(x.dtype), new, params)
         return moved
 
     def excess(params: optax.Params) -> Array:
         moved = jax.tree.map(_distance, nearest(params), params)
-        return largest(moved)
+        return largest(jax.tree.leaves(moved))
 
     return Constraint(nearest, excess)
 
 
-def remembering(constraint: Constraint) -> Memory:
-    """The memory of a set, an empty one for most."""
-    return constraint.memory or Memory(lambda params: (), lambda params, _: (constraint(params), ()))
+def _called(constraint: Any, params: Any) -> Any:
+    try:
+        return constraint(params)
+    except Exception as error:
+        error.add_note(
+            f"Raised by constraint={constraint!r}, which is called with the tree of all weights, not leaf by leaf."
+        )
+        raise
 
 
-def settings(check: Callable[..., None], **named: Setting) -> None:
-    """Check each number of a setting, named by its path if it is a tree."""
-    for name, value in named.items():
-        for path, x in numbers(value):
-            check(**{f"{name}{path}": x})
+def _same_shapes(constraint: Any, new: Any, params: Any) -> None:
+    """The callable gives back a tree like the weights."""
+    shapes = [jax.tree.map(jnp.shape, tree) for tree in (new, params)]
+    if jax.tree.structure(new) != jax.tree.structure(params) or shapes[0] != shapes[1]:
+        raise ValueError(
+            "Expected constraint to map the tree of all weights to one of the same structure and shapes, got "
+            f"{shapes[0]} for {shapes[1]} from constraint={constraint!r}."
+        )
 
 
-def ordered(**named: Setting) -> None:
-    """The first of two settings is nowhere above the second; either may be a prefix of the other."""
-    settings(_validate.number, **named)
-    (low, x), (high, y) = named.items()
-    for p, a in jax.tree_util.tree_leaves_with_path(x):
-        for q, b in jax.tree_util.tree_leaves_with_path(y):
-            if p[: len(q)] == q[: len(p)]:
-                names = low + jax.tree_util.keystr(p), high + jax.tree_util.keystr(q)
-                _validate.ordered(**dict(zip(names, (a, b), strict=True)))
+def entries_moved(scopes: Scopes, moved: Cells) -> Array:
+    """The share of entries in the scopes that were moved, wherever they are."""
+    axes = [varying_axes(x) for x in moved]
+    numbers = [jnp.asarray(n, jnp.float32) for n in scopes.counts]
+    parts = [jnp.sum(x * n) for x, n in zip(moved, numbers, strict=True)]
+    number = functools.reduce(jnp.add, all_reduce(parts, axes, lax.psum))
+    sizes = [
+        np.sum(np.broadcast_to(n, x.shape)) * axis_size(names)
+        for x, n, names in zip(moved, scopes.counts, axes, strict=True)
+    ]
+    return number / max(float(sum(sizes)), 1)
 
 
-def spread(layout: Layout, **named: Setting) -> list[Any]:
-    """One number for each inexact leaf, from a number or a tree that is a prefix of the weights."""
-    ((name, value),) = named.items()
-    table = dict(jax.tree_util.tree_leaves_with_path(value))
-    found = []
-    for path in (layout.paths[i] for i in layout.places):
-        above = [path[:k] for k in range(len(path) + 1) if path[:k] in table]
-        if not above:
-            raise ValueError(
-                f"Expected {name} to be a number or a tree that is a prefix of the weights, got a "
-                f"tree without a number for {path_string(path)!r}."
-            )
-        found.append(table[above[0]])
-    return found
-
-
-def per_scope(layout: Layout, likes: Sequence[Array], **named: Setting) -> list[Array]:
-    """A setting beside the norms of a layout: one scalar, one vector, or one scalar a leaf; >= 0."""
-    ((name, value),) = named.items()
-    if layout.pooled == "global":
-        if len(numbers(value)) > 1 or numbers(value)[0][0]:
-            raise ValueError(f'Expected {name} to be one number with scope="global", got a tree.')
-        return [_as(jax.tree.leaves(value)[0], likes[0])]
-    values = spread(layout, **named)
-    if layout.pooled == "leaf":
-        parts = [_as(x, likes[0]) for x in values]
-        return [jnp.stack(parts) if parts else likes[0]]
-    return [_as(x, like) for x, like in zip(values, likes, strict=True)]
+def moved_by(scopes: Scopes, gaps: Cells, moved: Cells) -> Callable[[], tuple[Array, Array]]:
+    """The report of a set that moves the norm of each scope by some gap."""
+    return lambda: (total(scopes, gaps, None).astype(jnp.float32), entries_moved(scopes, moved))
 
 
 def margins(n: Any, dtype: Any) -> tuple[Any, Any]:
@@ -156,57 +243,22 @@ def margins(n: Any, dtype: Any) -> tuple[Any, Any]:
     return np.asarray(margin, dtype), np.asarray(margin + 6 * unit, dtype)
 
 
-def numbers(value: Setting) -> list[tuple[str, Any]]:
-    """The numbers of a setting, each with its path as Python writes it, "" for a lone one."""
-    found = jax.tree_util.tree_leaves_with_path(value)
-    return [(jax.tree_util.keystr(path), x) for path, x in found] or [("", value)]
+def largest(xs: Sequence[Any], axis_name: AxisName = None) -> Array:
+    """The largest entry of some arrays, 0 if there is none; on all devices that hold a part of it."""
+    parts = [jnp.max(x, initial=0).astype(jnp.float32) for x in xs]
+    parts = all_reduce(parts, [reduction_axes(axis_name, x) for x in parts], lax.pmax)
+    return functools.reduce(jnp.maximum, parts, jnp.float32(0))
 
 
-def _as(x: ArrayLike, like: Array) -> Array:
-    return jnp.maximum(as_dtype(x, like.dtype), 0)
+def require_real(scopes: Scopes, xs: Sequence[Array], *, of: str) -> None:
+    for i, x in zip(scopes.places, xs, strict=True):
+        if jnp.iscomplexobj(x):
+            raise ValueError(
+                f"Expected real weights in a {of}, got {x.dtype} at {scopes.paths[i]!r} of shape {x.shape}."
+            )
 
 
-def leafwise(function: Callable[..., Any], **named: Setting) -> Callable[[Any], Any]:
-    """Apply ``function(path, leaf, *numbers)`` to each inexact leaf, with its number of each setting."""
-
-    def over_tree(params: Any) -> Any:
-        layout = Layout.of(params, "leaf")
-        paths = [layout.paths[i] for i in layout.places]
-        numbers = [spread(layout, **{name: value}) for name, value in named.items()]
-        return layout.rebuild(
-            [function(*each) for each in zip(paths, layout.measured, *numbers, strict=True)]
-        )
-
-    return over_tree
-
-
-def largest(tree: Any, axis_name: AxisName = None) -> Array:
-    """The largest entry of a tree, 0 if it is empty; on all devices that hold a part of it."""
-    parts = [jnp.max(x, initial=0).astype(jnp.float32) for x in Layout.of(tree, "leaf").measured]
-    parts = across_devices(parts, [mapped_over(axis_name, x) for x in parts], lax.pmax)
-    peak: Array = functools.reduce(jnp.maximum, parts, jnp.float32(0))
-    return peak
-
-
-def require_real(path: Any, x: Array, *, of: str) -> None:
-    if jnp.iscomplexobj(x):
-        raise ValueError(
-            f"Expected real weights in a {of}, got {x.dtype} at {path_string(path)!r} of shape "
-            f"{x.shape}."
-        )
-
-
-def precise(x: Any) -> Any:
-    """A concrete number in float64, so that it can be rounded inwards; a traced one as it is."""
-    if isinstance(x, jax.Array):
-        return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
-    return np.float64(x)
-
-
-def _in_dtype_of(new: ArrayLike, x: Array) -> Array:
-    return jnp.asarray(new).astype(x.dtype)
-
-
-def _distance(x: Array, y: Array) -> Array:
-    dtype = accumulator([x])
-    return jnp.abs(widen(x, dtype) - widen(y, dtype))
+def _distance(x: Any, y: Any) -> Array:
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    wide = accumulator([y]) if jnp.issubdtype(y.dtype, jnp.inexact) else jnp.dtype(jnp.float32)
+    return jnp.abs(widen(x, wide) - widen(y, wide))

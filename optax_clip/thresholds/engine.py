@@ -1,19 +1,20 @@
 """What a rule is, and how it is asked in each scope."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
 from optax_clip import _validate
-from optax_clip._numerics import across_devices, as_dtype, varying_axes
+from optax_clip._mesh import all_reduce, place_like, varying_axes
+from optax_clip._numerics import accumulator, as_dtype
 from optax_clip._records import increment
-from optax_clip._trees import Layout, place_along, place_like
-from optax_clip._validate import Ord
+from optax_clip._trees import Cells, Scopes
+from optax_clip._validate import Groups, Ord
 from optax_clip.norms import Norm, measure
 
 __all__ = ["ThresholdRule"]
@@ -23,10 +24,12 @@ class ThresholdRule(NamedTuple):
     """A rule that turns the norms of a step into limits, and remembers what it needs.
 
     It works elementwise on an array of norms of any shape: one scalar for scope ``"global"``, one
-    vector for ``"leaf"``, one array a leaf otherwise. So every rule works in every scope.
+    vector of all scopes otherwise (without memory it may be one array a leaf). So every rule works in
+    every scope.
 
     Args:
-        init: ``norms -> state`` with arrays of fixed shape, float32 or int32.
+        init: ``norms -> state`` with arrays of fixed shape, in the dtype of the norms or int32. A state of
+            zeros, as `optax.tree.zeros_like` makes it, had better be a valid start.
         update: ``(norms, state, param_norms, total) -> (limits, state)`` with ``limits`` shaped like
             ``norms``. ``param_norms`` are the norms of the weights in the same scopes (None if the
             update was called without params), ``total`` is the norm of the whole tree, a scalar. On a
@@ -54,11 +57,85 @@ class ThresholdRule(NamedTuple):
     update: Callable[[Array, Any, Array | None, Array], tuple[Array, Any]]
 
 
-class Fixed(ThresholdRule):
-    """A rule that does not look at the norms."""
+One = ArrayLike | Callable[[Array], ArrayLike] | ThresholdRule
+Threshold = One | Mapping[str, One]
 
 
-Threshold = ArrayLike | Callable[[Array], ArrayLike] | ThresholdRule
+class Seen(NamedTuple):
+    """What a rule is told of a step."""
+
+    scopes: Scopes
+    norms: list[Norm]
+    total: Array
+    finite: Array
+    params: Any
+    ord: Ord
+
+
+class Limits(NamedTuple):
+    """A threshold in the scopes of a tree: one rule for all, or one a label."""
+
+    rules: tuple[ThresholdRule, ...]
+    labels: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(cls, scope: Any, **named: Any) -> "Limits":
+        """From a number, schedule or rule, or with groups a dict of these."""
+        ((name, threshold),) = named.items()
+        if not isinstance(threshold, Mapping):
+            return cls((as_rule(**named),))
+        if not isinstance(scope, Groups):
+            raise ValueError(f"Expected {name} to be a dict only with scope=groups(label), got {name}={threshold!r}.")
+        each = sorted(threshold.items())
+        return cls(tuple(as_rule(**{f"{name}[{k!r}]": x}) for k, x in each), tuple(k for k, _ in each))
+
+    @property
+    def remembers(self) -> bool:
+        return any(map(_remembers, self.rules))
+
+    def init(self, params: Any, scope: Any) -> Any:
+        """The memory: one vector over all scopes, one number a label, on the devices of the weights."""
+        scopes, xs = Scopes.of(params, scope, axis_name=())
+        norms = jnp.zeros(scopes.memory if self.labels is None else (), accumulator(xs))
+        return place_like([rule.init(norms) for rule in self.rules if _remembers(rule)], params)
+
+    def update(self, seen: Seen, memory: Any) -> tuple[Cells, Any]:
+        """A limit for each scope, cell by cell, and the next memory."""
+        ask = self._one_for_all if self.labels is None else self._one_a_label
+        states = iter(memory or ())
+        full = [next(states) if _remembers(rule) else () for rule in self.rules]
+        limits, new = ask(seen, full)
+        kept = [state for state, rule in zip(new, self.rules, strict=True) if _remembers(rule)]
+        return limits, _in_dtypes_of(memory, kept) if memory else kept
+
+    def _one_for_all(self, seen: Seen, states: list[Any]) -> tuple[Cells, list[Any]]:
+        (rule,), (state,) = self.rules, states
+        norms, total = _told(seen, state)
+        params = _param_norms(seen, norms)
+        if not _remembers(rule):
+            beside = params or [None] * len(norms)
+            asked = [rule.update(n, state, p, total)[0] for n, p in zip(norms, beside, strict=True)]
+            return _in_dtypes_of([n.root for n in seen.norms], asked), states
+        joined = seen.scopes.join(norms)
+        _same_scopes(seen, state, joined)
+        limits, state = rule.update(joined, state, seen.scopes.join(params) if params else None, total)
+        return _in_dtypes_of([n.root for n in seen.norms], seen.scopes.split(limits, norms)), [state]
+
+    def _one_a_label(self, seen: Seen, states: list[Any]) -> tuple[Cells, list[Any]]:
+        missing = set(seen.scopes.labels or ()) - set(self.labels or ())
+        if missing:
+            raise ValueError(f"Expected a threshold for each label, got none for {sorted(missing)}.")
+        (norms,), total = _told(seen, states)
+        params = _param_norms(seen, [norms])
+        found: dict[str, Array] = {}
+        new = list(states)
+        for i, (label, rule) in enumerate(zip(self.labels or (), self.rules, strict=True)):
+            if label in (seen.scopes.labels or ()):
+                row = seen.scopes.labels.index(label)
+                of_params = params[0][row] if params else None
+                found[label], new[i] = rule.update(norms[row], states[i], of_params, total)
+        dtype = seen.norms[0].root.dtype
+        return [jnp.stack([found[label].astype(dtype) for label in seen.scopes.labels or ()])], new
 
 
 def as_rule(**named: Any) -> ThresholdRule:
@@ -68,101 +145,64 @@ def as_rule(**named: Any) -> ThresholdRule:
         if not callable(threshold.init) or not callable(threshold.update):
             raise TypeError(f"Expected {name} to have init and update, got {name}={threshold!r}.")
         return threshold
+    if threshold is None or isinstance(threshold, (str, tuple)):
+        off = " To switch a clip off give jnp.inf." if threshold is None else ""
+        raise TypeError(
+            f"Expected {name} to be a number, a schedule or a ThresholdRule, got {name}={threshold!r}.{off}"
+        )
     if callable(threshold):
 
-        def follow(norms: Array, step: Array, *_: Any) -> tuple[Array, Array]:
-            limit = threshold(step)
+        def follow(norms: Array, state: Any, *_: Any) -> tuple[Array, Any]:
+            limit = threshold(state["step"])
             _validate.at_least(0, **{f"{name}(step)": limit})
-            return _full(norms, limit), increment(step)
+            return jnp.full_like(norms, _limit(norms, limit)), {"step": increment(state["step"])}
 
-        return Fixed(lambda norms: jnp.zeros((), jnp.int32), follow)
+        return ThresholdRule(lambda norms: {"step": jnp.zeros((), jnp.int32)}, follow)
     _validate.at_least(0, **named)
-    return Fixed(lambda norms: (), lambda norms, state, *_: (_full(norms, threshold), state))
+    return ThresholdRule(lambda norms: (), lambda norms, state, *_: (_limit(norms, threshold), state))
 
 
-def _full(norms: Array, limit: ArrayLike) -> Array:
-    return jnp.full_like(norms, jnp.maximum(as_dtype(limit, norms.dtype), 0))
+def _limit(norms: Array, limit: ArrayLike) -> Array:
+    return jnp.maximum(as_dtype(limit, norms.dtype), 0)
 
 
-def _shapes(layout: Layout) -> list[tuple[int, ...] | None]:
-    """The shape of the norms that each call of a rule gets: None for a place without a norm."""
-    if layout.pooled == "global":
-        return [()]
-    if layout.pooled == "leaf":
-        return [(len(layout.leaves),)]
-    shapes: dict[int, tuple[int, ...]] = dict(zip(layout.places, layout.kept_shapes, strict=True))
-    return [shapes.get(i) for i in range(len(layout.leaves))]
+def _remembers(rule: ThresholdRule) -> bool:
+    return bool(jax.tree.leaves(jax.eval_shape(rule.init, jnp.zeros(()))))
 
 
-def start(rule: ThresholdRule, layout: Layout, params: Any) -> Any:
-    """The first state of a rule: one for the scopes global and leaf, else a tuple with one a leaf."""
-    if isinstance(rule, Fixed):
-        return place_like(rule.init(jnp.zeros(())), params)
-    shapes = _shapes(layout)
-    states = [() if shape is None else rule.init(jnp.zeros(shape, jnp.float32)) for shape in shapes]
-    if layout.pooled is not None:
-        return place_like(states[0], params)
-    axes = dict(zip(layout.places, layout.axes, strict=True))
-    return tuple(
-        place_along(state, leaf, axes[i]) if i in axes else state
-        for i, (state, leaf) in enumerate(zip(states, layout.leaves, strict=True))
-    )
+def _told(seen: Seen, states: Any) -> tuple[Cells, Array]:
+    """The norms as a rule sees them: NaN on a non-finite step, in the dtype of its memory."""
+    kinds = [x.dtype for x in jax.tree.leaves(states) if jnp.issubdtype(x.dtype, jnp.floating)]
+    values = [*(n.value for n in seen.norms), seen.total]
+    dtype = kinds[0] if kinds else values[0].dtype
+    *norms, total = (lax.stop_gradient(jnp.where(seen.finite, v, jnp.nan).astype(dtype)) for v in values)
+    return norms, total
 
 
-def decide(
-    rule: ThresholdRule,
-    state: Any,
-    layout: Layout,
-    norms: Sequence[Norm],
-    params: Any,
-    before: Array,
-    finite: Array,
-    *,
-    ord: Ord,
-) -> tuple[list[Array], Array, Any]:
-    """Ask the rule for a limit a scope, the smallest of them, and its next state.
-
-    It sees float32, NaN on a non-finite step, 0 where nothing is measured; of ``params``, which may be
-    None, the norms in the same scopes.
-    """
-    if isinstance(rule, Fixed):
-        limit, state = rule.update(jnp.zeros((), before.dtype), state, None, before)
-        flat = layout.pooled == "leaf"
-        limits = [jnp.broadcast_to(limit, n.root.shape) if flat else limit for n in norms]
-        return limits, limit, state
-
-    def seen(values: Sequence[Array]) -> list[Array]:
-        return [lax.stop_gradient(jnp.where(finite, v, jnp.nan).astype(jnp.float32)) for v in values]
-
-    (whole,) = seen([before])
-    values = seen([n.value for n in norms])
-    lengths = None
-    if params is not None:
-        sizes = measure(layout.beside(params), ord=ord)
-        lengths = [n.value.astype(jnp.float32) for n in sizes]
-    if layout.pooled is None:
-        states = list(state)
-        limits = []
-        for i, place in enumerate(layout.places):
-            length = None if lengths is None else lengths[i]
-            limit, states[place] = rule.update(values[i], states[place], length, whole)
-            limits.append(limit)
-        return [x.astype(before.dtype) for x in limits], smallest(limits), tuple(states)
-    if layout.pooled == "leaf":
-        index = np.asarray(layout.places, int)
-        spread = [
-            jnp.zeros((len(layout.leaves),), jnp.float32).at[index].set(v)
-            for v in [*values, *(lengths or [])]
-        ]
-        limit, state = rule.update(spread[0], state, spread[1] if lengths else None, whole)
-        return [limit[index].astype(before.dtype)], smallest([limit[index]]), state
-    limit, state = rule.update(values[0], state, lengths[0] if lengths else None, whole)
-    return [limit.astype(before.dtype)], limit, state
+def _param_norms(seen: Seen, norms: Cells) -> Cells | None:
+    if seen.params is None:
+        return None
+    weights = measure(seen.scopes, seen.scopes.leaves_of(seen.params), seen.ord)
+    return [lax.stop_gradient(w.value.astype(n.dtype)) for w, n in zip(weights, norms, strict=True)]
 
 
-def smallest(limits: Sequence[Array]) -> Array:
+def _same_scopes(seen: Seen, state: Any, joined: Array) -> None:
+    """A leaf whose update is None keeps its place among units only if its weights are there to tell."""
+    absent = seen.params is None and len(seen.scopes.places) < len(seen.scopes.paths)
+    others = [x.shape for x in jax.tree.leaves(state) if x.ndim and x.shape[-1:] != joined.shape]
+    if absent and others:
+        raise ValueError(
+            "Expected params beside updates that are None where init saw weights, got params=None. Call "
+            "tx.update(grads, state, params)."
+        )
+
+
+def _in_dtypes_of(old: Any, new: Any) -> Any:
+    return jax.tree.map(lambda x, y: y.astype(x.dtype), old, new)
+
+
+def lowest(limits: Cells) -> Array:
     """The smallest limit in force on any device, inf if there is no scope."""
-    lowest = [jnp.min(x, initial=jnp.inf) for x in limits]
-    lowest = across_devices(lowest, [varying_axes(x) for x in lowest], lax.pmin)
-    least: Array = functools.reduce(jnp.minimum, lowest, jnp.float32(jnp.inf))
-    return least
+    each = [jnp.min(x, initial=jnp.inf) for x in limits]
+    each = all_reduce(each, [varying_axes(x) for x in each], lax.pmin)
+    return functools.reduce(jnp.minimum, each)

@@ -273,7 +273,7 @@ def zscore(
         Kumar, Owen, Roy Chowdhury, Güra, 2025, https://arxiv.org/abs/2504.02507
     """
     _validate.at_least(0, z=z)
-    _validate.decay(decay=decay)
+    _validate.in_unit_interval(decay=decay)
     _validate.integer(0, warmup=warmup)
     _validate.integer(1, rearm=rearm)
     if max_norm is not None:
@@ -363,7 +363,7 @@ def ema_ratio(
         Wang, Liu, Xu, Chen, Zhu, Hong, Xu, Zhang, Shi, Ma, Wu, 2025, https://arxiv.org/abs/2502.11034
     """
     _validate.at_least(0, ratio=ratio, max_norm=max_norm)
-    _validate.decay(decay=decay)
+    _validate.in_unit_interval(decay=decay)
     _validate.integer(0, warmup=warmup)
     _validate.integer(1, rearm=rearm)
 

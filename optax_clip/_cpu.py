@@ -1,0 +1,141 @@
+"""What XLA's CPU compiler has to be told; elsewhere stands the formula alone."""
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from optax_clip._mesh import all_devices_agree
+from optax_clip._numerics import broadcast_like, scale, straight_through, widen
+
+T = TypeVar("T")
+
+
+def instead(special: Callable[..., T]) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Give a formula another way that CPUs take: ``formula(static, *arrays)``, ``special`` likewise."""
+
+    def decorate(formula: Callable[..., T]) -> Callable[..., T]:
+        @functools.wraps(formula)
+        def either(static: Any, *arrays: Any) -> T:
+            leaves = jax.tree.leaves(arrays)
+            if any(isinstance(x, jax.core.Tracer) for x in leaves):
+                ways = functools.partial(special, static), functools.partial(formula, static)
+                result: T = lax.platform_dependent(*arrays, cpu=ways[0], default=ways[1])
+                return result
+            return (special if _platform(leaves) == "cpu" else formula)(static, *arrays)
+
+        return either
+
+    return decorate
+
+
+def by_platform(*arrays: Any, default: Callable[..., T], **special: Callable[..., T]) -> T:
+    """The way of the platform that the arrays are, or will be, on."""
+    if any(isinstance(x, jax.core.Tracer) for x in arrays):
+        result: T = lax.platform_dependent(*arrays, default=default, **special)
+        return result
+    return special.get(_platform(arrays), default)(*arrays)
+
+
+def _platform(leaves: Sequence[Any]) -> str:
+    for x in leaves:
+        if isinstance(x, Array):
+            return str(next(iter(x.devices())).platform)
+    return jax.default_backend()
+
+
+def cond(pred: Any, true_fun: Callable[[], T], false_fun: Callable[[], T]) -> T:
+    """`lax.cond`, but a concrete predicate takes its branch without compiling the other."""
+    if isinstance(pred, jax.core.Tracer):
+        result: T = lax.cond(pred, true_fun, false_fun)
+        return result
+    return true_fun() if pred else false_fun()
+
+
+def apart(*parts: Array) -> tuple[Array, ...]:
+    """The same arrays, for one sum over them.
+
+    What several sums have in common, a float32 copy or a broadcast scalar, is computed once and written
+    to memory. Behind barriers of their own they have nothing in common. Nor is ``(x k) (x k)`` for a
+    constant x then turned into ``k k x x``, which overflows.
+    """
+    if len(parts) == 1 and parts[0].dtype.itemsize > 2:
+        return parts
+    whole: tuple[Array, ...] = lax.optimization_barrier(parts)
+    return whole
+
+
+def sums_in_range(powers: Any, xs: list[Array]) -> tuple[list[Array], list[Array]]:
+    """A fast sum, and a second one with each scope brought into range only where the first is not to
+    be trusted: the extra sums of the formula would each cost a read."""
+    plain = powers.terms([apart(x)[0] for x in xs])
+    ones = [jnp.ones_like(s) for s in plain]
+    if powers.never_out_of_range(xs):
+        return plain, ones
+    bad = powers.out_of_range(plain)
+    trusted = [~jnp.any(high | low) for high, low in bad]
+
+    def again() -> tuple[list[Array], list[Array]]:
+        small, large = powers.small, powers.large
+        scales = [
+            jnp.where(high, small, jnp.where(low, large, 1)).astype(powers.dtype) for high, low in bad
+        ]
+        pairs = zip(xs, powers.scopes.per_leaf(scales), strict=True)
+        separate = [apart(x, k) for x, k in pairs]
+        return powers.terms([scale(widen(x, powers.dtype), k) for x, k in separate]), scales
+
+    everywhere = all_devices_agree(functools.reduce(operator.and_, trusted, jnp.array(True)))
+    return cond(everywhere, lambda: (plain, ones), again)
+
+
+def selected(_: None, xs: list[Array], flags: list[Array], ys: list[Array]) -> list[Array]:
+    """The second of two choices where a flag says so, rounded to the dtype of the first.
+
+    Neither a conversion to bfloat16 nor a choice between two such numbers is copied into each pass that
+    reads the result, but written to memory. Integers are copied, hence the bits.
+    """
+    return [_select_bits(x, flag, y) for x, flag, y in zip(xs, flags, ys, strict=True)]
+
+
+def _select_bits(x: Array, flag: Array, y: Array) -> Array:
+    flag = broadcast_like(flag, x)
+    plain = lax.select(flag, y.astype(x.dtype), x)
+    if x.dtype != jnp.bfloat16 or y.dtype != jnp.float32:
+        return plain
+    bits = lax.bitcast_convert_type(lax.reduce_precision(y, 8, 7), jnp.uint32)
+    upper = lax.convert_element_type(lax.shift_right_logical(bits, jnp.full_like(bits, 16)), jnp.uint16)
+    chosen = lax.select(flag, upper, lax.bitcast_convert_type(x, jnp.uint16))
+    return straight_through(lax.bitcast_convert_type(chosen, x.dtype), plain)
+
+
+def indicator(gap: Array) -> Array:
+    """1 where ``gap > 0``, else 0, to be summed; NaN where it is NaN, less below the normal numbers.
+
+    The fast sums take in arithmetic, but neither comparison nor choice, whose result is written to
+    memory first.
+    """
+    zero, one, huge = lax.optimization_barrier(
+        [jnp.asarray(c, gap.dtype) for c in (0, 1, 1 / float(jnp.finfo(gap.dtype).smallest_normal))]
+    )
+    return jnp.minimum(jnp.maximum(gap, zero) * huge, one)
+
+
+def _selected(_: None, xs: list[Array], flags: list[Array], ys: list[Array]) -> list[Array]:
+    """The second of two choices where a flag says so, rounded to the dtype of the first."""
+    return [
+        lax.select(broadcast_like(flag, x), y.astype(x.dtype), x)
+        for x, flag, y in zip(xs, flags, ys, strict=True)
+    ]
+
+
+_select = instead(selected)(_selected)
+
+
+def select(xs: list[Array], flags: list[Array], ys: list[Array]) -> list[Array]:
+    """For each leaf the second of two choices where a flag says so, in the dtype of the first."""
+    rounds = any(x.dtype == jnp.bfloat16 for x in xs)
+    return (_select if rounds else _selected)(None, xs, flags, ys)

@@ -1,0 +1,84 @@
+"""Many devices: mapped axes, all-reduces, and where state lives."""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from optax_clip._validate import AxisName, axis_names, is_traced
+
+T = TypeVar("T")
+Axes = tuple[Hashable, ...]
+
+
+def varying_axes(x: Any) -> Axes:
+    """The manual mesh axes over which ``x`` differs between devices inside `jax.shard_map`."""
+    aval = jax.typeof(x)
+    manual = getattr(aval, "mat", None)
+    names = getattr(aval, "vma", frozenset()) if manual is None else manual.varying
+    return tuple(sorted(names, key=str))
+
+
+def axis_size(names: Axes) -> int:
+    """How many devices, or mapped copies, share some mapped axes."""
+    count: int = lax.psum(1, names) if names else 1
+    return count
+
+
+def reduction_axes(axis_name: AxisName, x: Any = 0.0) -> Axes:
+    """The mapped axes to reduce ``x`` over: those given, and those that its type names."""
+    given = axis_names(axis_name)
+    try:
+        axis_size(given)
+    except NameError:
+        raise NameError(
+            "Expected axis_name to name axes that shard_map, vmap or pmap maps here, got "
+            f"axis_name={axis_name!r}."
+        ) from None
+    return (*given, *(a for a in varying_axes(x) if a not in given))
+
+
+def all_reduce(values: Sequence[Array], axes: Sequence[Axes], collective: Callable[..., Any]) -> list[Array]:
+    """Reduce each value over its own mapped axes, one collective for all that share them."""
+    out = list(values)
+    for names in dict.fromkeys(axes):
+        if names:
+            same = [i for i, other in enumerate(axes) if other == names]
+            for i, value in zip(same, collective([out[i] for i in same], names), strict=True):
+                out[i] = value
+    return out
+
+
+def all_devices_agree(flag: Array) -> Array:
+    """Is it true on all devices? A branch that sums over devices has to be taken by all or by none."""
+    (broken,) = all_reduce([(~flag).astype(jnp.int32)], [varying_axes(flag)], lax.psum)
+    return broken == 0
+
+
+def is_explicit(x: Any) -> bool:
+    """Is ``x`` on a mesh whose axes are part of its type?"""
+    sharding = jax.typeof(x).sharding
+    return AxisType.Explicit in sharding.mesh.axis_types
+
+
+def replicated(x: Array) -> Array:
+    """``x`` whole on each device where the mesh is explicit; XLA places it elsewhere."""
+    return jax.sharding.reshard(x, jax.typeof(x).sharding.update(spec=PartitionSpec())) if is_explicit(x) else x
+
+
+def place_like(state: T, params: Any) -> T:
+    """``state`` replicated beside ``params``, where it is after the first step, so that nothing recompiles."""
+    if any(is_traced(leaf) for leaf in jax.tree.leaves((state, params))):
+        return state
+    for leaf in jax.tree.leaves(params):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and not isinstance(sharding.mesh, AbstractMesh):
+            sharding = NamedSharding(sharding.mesh, PartitionSpec())
+        elif not getattr(leaf, "committed", False):
+            continue
+        placed: T = jax.device_put(state, sharding)
+        return placed
+    return state

@@ -1,0 +1,387 @@
+"""Clip by norm in any scope, and normalise."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from optax_clip import _cpu, _validate
+from optax_clip._numerics import accumulator, as_dtype, scale, widen
+from optax_clip._records import Report, fraction, transform
+from optax_clip._trees import Cells, Scopes, flatten, is_inexact
+from optax_clip._validate import AxisName, Groups, Ord, Record, Scope
+from optax_clip.norms import Norm, all_finite, measure, total
+from optax_clip.thresholds.engine import Limits, Seen, Threshold, ThresholdRule, lowest
+
+__all__ = ["clip_by_global_norm", "clip_by_norm", "clip_tree", "normalize_by_norm"]
+
+
+def clip_tree(
+    tree: optax.Updates,
+    max_norm: ArrayLike,
+    *,
+    scope: Scope = "global",
+    ord: Ord = None,
+    norm: ArrayLike | None = None,
+    nonfinite: str = "propagate",
+    axis_name: AxisName = None,
+) -> tuple[optax.Updates, Any]:
+    r"""Clip the norm of a tree, for those who write their own training loop.
+
+    .. math:: g_s \leftarrow g_s \min\Big(1, \frac{C}{\|g_s\|}\Big) \quad \text{for each scope } s
+
+    Args:
+        tree: arrays of any shape and float or complex dtype; other leaves pass through.
+        max_norm: the limit C >= 0, a number or a 0-d array.
+        scope: which entries share a norm, as in `tree_norms`.
+        ord: which norm, as in `global_norm`.
+        norm: the norm of the tree if it is known already; only with ``scope="global"``.
+        nonfinite: ``"propagate"``: an inf or NaN entry makes every inexact leaf NaN. ``"zero"``: it
+            makes every inexact leaf 0.
+        axis_name: mapped axes to sum over, as in `global_norm`.
+
+    Returns:
+        The clipped tree, each leaf in its own dtype, and the norm before: a float32 scalar (float64
+        if a leaf is), or the tree of norms with a scope other than global. A tree within the limit
+        comes back bit for bit. A limit of 0 gives zeros, inf only measures. A traced negative limit
+        counts as 0, a traced NaN makes the tree NaN.
+
+    Raises:
+        ValueError: for a negative or NaN limit, an unknown scope, order or policy.
+        TypeError: for a limit that is not a number.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from optax_clip import clip_tree
+        >>> grads = {"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}
+        >>> clipped, norm = clip_tree(grads, 2.5)
+        >>> print(clipped["w"], clipped["b"], norm)
+        [1.5 0. ] 2.0 5.0
+
+    References:
+        Pascanu, Mikolov, Bengio, 2013, https://arxiv.org/abs/1211.5063
+    """
+    limits = Limits.of(scope, max_norm=max_norm)
+    _check(scope=scope, ord=ord, nonfinite=nonfinite, axis_name=axis_name)
+    if limits.remembers:
+        raise TypeError(f"Expected max_norm to be a number, got max_norm={max_norm!r}.")
+    if norm is not None and scope != "global":
+        raise ValueError(f'Expected norm only with scope="global", got scope={scope!r}.')
+    scopes, xs = Scopes.of(tree, scope, axis_name)
+    norms = _measured_or_given(scopes, xs, ord, norm=norm)
+    finite = all_finite(norms)
+    bounds, _ = limits.update(Seen(scopes, norms, norms[0].value, finite, None, ord), None)
+    clipped = rescale(scopes, xs, norms, bounds, finite, nonfinite=nonfinite)
+    return scopes.rebuild(tree, clipped.leaves), scopes.as_tree([n.value for n in norms])
+
+
+def clip_by_norm(
+    threshold: Threshold,
+    *,
+    scope: Scope = "leaf",
+    ord: Ord = None,
+    nonfinite: str = "propagate",
+    axis_name: AxisName = None,
+    name: str = "clip",
+    record: Record = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clip updates by the norm of each leaf, unit or other scope.
+
+    Keeps the direction inside each scope and bounds its length, against a number, a schedule or a rule
+    that learns the limit.
+
+    .. math:: g_s \leftarrow g_s \min\Big(1, \frac{C_s}{\|g_s\|}\Big) \quad \text{for each scope } s
+
+    Args:
+        threshold: the limit C on the norm: a number >= 0, a 0-d array, a schedule ``step -> number``,
+            or a `ThresholdRule`; with `groups` also a dict ``label -> one of these``. A schedule that
+            turns negative raises outside `jax.jit` and counts as 0 inside.
+        scope: which entries share a norm: ``"global"``, ``"leaf"``, ``"unit"`` (one index of the last
+            axis), the axes to reduce, `groups`, or a callable ``(path, leaf) -> one of the others but
+            "global"``.
+        ord: ``None`` or 2, 1, ``math.inf``, a float p >= 1, or ``"rms"``. Static.
+        nonfinite: ``"propagate"``: an inf or NaN entry anywhere makes every inexact leaf NaN, so that
+            a loss check sees it, or `optax.apply_if_finite` around what comes after the clip (around
+            the clip it hides such a step from the metrics). ``"zero"``: it makes every inexact leaf 0.
+        axis_name: mapped axes to sum over, as in `global_norm`.
+        name: prefix of the metrics.
+        record: False to record nothing: the state is then `optax.EmptyState` unless the threshold
+            remembers, and a state of any other clip is accepted. ``"scopes"``, for the scope ``"leaf"``:
+            also ``{name}/{path}/norm_before``, ``norm_after`` and ``threshold`` of each leaf.
+
+    Returns:
+        A transform whose state records the metrics (see `metrics`). Leaves keep their dtype; what is
+        within the limit comes back bit for bit; a limit of 0 gives zeros and inf only measures; a zero
+        norm stays as it is, with finite derivatives. With ``scope="global"`` its update takes
+        ``grad_norm=``, the norm of the tree if it is known already.
+
+    Raises:
+        ValueError: for a negative or NaN limit, an unknown scope, order or policy, or an axis that a
+            leaf does not have.
+        TypeError: for a limit that is neither a number, a schedule nor a rule.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from optax_clip import clip_by_norm
+        >>> tx = clip_by_norm(2.0, scope="unit")
+        >>> kernel = jnp.array([[3.0, 0.0], [4.0, 1.0]])
+        >>> updates, state = tx.update(kernel, tx.init(kernel))
+        >>> print(updates)
+        [[1.2 0. ]
+         [1.6 1. ]]
+
+    References:
+        Pascanu, Mikolov, Bengio, 2013, https://arxiv.org/abs/1211.5063
+    """
+    limits = Limits.of(scope, threshold=threshold)
+    return _by_norm(limits, scope, ord, nonfinite, axis_name, name, record)
+
+
+def clip_by_global_norm(
+    max_norm: Threshold,
+    *,
+    ord: Ord = None,
+    nonfinite: str = "propagate",
+    axis_name: AxisName = None,
+    name: str = "clip",
+    record: Record = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clip updates by the norm of the whole tree: the classic cure for exploding gradients.
+
+    Put it first in the chain. ``clip_by_global_norm(jnp.inf)`` only records the norm.
+
+    .. math:: g \leftarrow g \min\Big(1, \frac{C}{\|g\|}\Big)
+
+    Args:
+        max_norm: the limit C on the norm: a number >= 0, a 0-d array, a schedule ``step -> number``, or
+            a `ThresholdRule`.
+        ord: ``None`` or 2, 1, ``math.inf``, a float p >= 1, or ``"rms"``. Static.
+        nonfinite: ``"propagate"`` or ``"zero"``, as in `clip_by_norm`.
+        axis_name: mapped axes to sum over, as in `global_norm`.
+        name: prefix of the metrics.
+        record: False to record nothing: the state is then `optax.EmptyState` unless the threshold
+            remembers, and a state of any other clip is accepted.
+
+    Returns:
+        A transform as `clip_by_norm` makes it, with the same edge cases.
+
+    Raises:
+        ValueError: for a negative or NaN limit, an unknown order or policy.
+        TypeError: for a limit that is neither a number, a schedule nor a rule.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from optax_clip import clip_by_global_norm, metrics
+        >>> tx = optax.chain(clip_by_global_norm(1.0), optax.sgd(0.5))
+        >>> params = jnp.array([0.0, 0.0])
+        >>> updates, state = tx.update(jnp.array([3.0, 4.0]), tx.init(params), params)
+        >>> print(updates, metrics(state)["clip/norm_before"])
+        [-0.3 -0.4] 5.0
+
+    References:
+        Pascanu, Mikolov, Bengio, 2013, https://arxiv.org/abs/1211.5063
+    """
+    limits = Limits.of("global", max_norm=max_norm)
+    return _by_norm(limits, "global", ord, nonfinite, axis_name, name, record)
+
+
+def normalize_by_norm(
+    norm: Threshold = 1.0,
+    *,
+    scope: Scope = "global",
+    ord: Ord = None,
+    nonfinite: str = "propagate",
+    axis_name: AxisName = None,
+    name: str = "normalize",
+    record: Record = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Rescale updates to exactly one norm, up or down.
+
+    Only the direction of the gradient is used, as in normalised gradient descent; by a rule its length
+    follows that of the weights, as in LARS and Hyperball.
+
+    .. math:: g_s \leftarrow g_s \frac{C}{\|g_s\|} \quad \text{for each scope } s
+
+    Args:
+        norm: the norm C >= 0 to give each scope: a number, a 0-d array, a schedule or a
+            `ThresholdRule`, such as ``relative_to_params(1.0, eps=0.0)`` for the norm of the weights; with
+            `groups` also a dict ``label -> one of these``.
+        scope: which entries share a norm, as in `clip_by_norm`.
+        ord: which norm, as in `clip_by_norm`. Static.
+        nonfinite: ``"propagate"`` or ``"zero"``, as in `clip_by_norm`.
+        axis_name: mapped axes to sum over, as in `global_norm`.
+        name: prefix of the metrics.
+        record: False to record nothing: the state is then `optax.EmptyState` unless the threshold
+            remembers, and a state of any other clip is accepted.
+
+    Returns:
+        A transform whose metrics count every rescaled scope as clipped. A zero norm stays zero.
+
+    Raises:
+        ValueError: for a negative, infinite or NaN norm, an unknown scope, order or policy.
+        TypeError: for a norm that is neither a number, a schedule nor a rule.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from optax_clip import normalize_by_norm
+        >>> tx = normalize_by_norm(10.0)
+        >>> updates, state = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))
+        >>> print(updates)
+        [6. 8.]
+
+    References:
+        Hazan, Levy, Shalev-Shwartz, 2015, https://arxiv.org/abs/1507.02030
+    """
+    limits = Limits.of(scope, norm=norm)
+    for number in norm.values() if isinstance(norm, Mapping) else [norm]:
+        if not callable(number) and not isinstance(number, ThresholdRule):
+            _validate.finite(norm=number)
+    return _by_norm(limits, scope, ord, nonfinite, axis_name, name, record, normalize=True)
+
+
+class Rescaled(NamedTuple):
+    """The leaves, each scope rescaled; which scopes were, and their norms after."""
+
+    leaves: list[Array]
+    over: Cells
+    after: Cells
+
+
+def rescale(
+    scopes: Scopes,
+    xs: Sequence[Array],
+    norms: Sequence[Norm],
+    limits: Cells,
+    finite: Array,
+    *,
+    nonfinite: str,
+    normalize: bool = False,
+) -> Rescaled:
+    """Multiply each scope that is over its limit by limit / norm; the policy acts on all.
+
+    The factors come from behind a barrier: compilers would else form them anew for each entry.
+    """
+    plans = [_plan(*each, finite, normalize=normalize) for each in zip(norms, limits, strict=True)]
+    finite, (flags, firsts, seconds) = lax.optimization_barrier(
+        (finite, tuple(zip(*(plan.factors for plan in plans), strict=True)))
+    )
+    factors = zip(scopes.per_leaf(firsts), scopes.per_leaf(seconds), strict=True)
+    moved = [
+        scale(widen(x, first.dtype), first, second) for x, (first, second) in zip(xs, factors, strict=True)
+    ]
+    if nonfinite == "zero":
+        moved = [lax.select(finite, y, jnp.zeros_like(y)) for y in moved]
+    leaves = _cpu.select(list(xs), scopes.per_leaf(flags), moved)
+    after = [jnp.where(finite | (nonfinite != "zero"), plan.after, 0) for plan in plans]
+    return Rescaled(leaves, [plan.over for plan in plans], after)
+
+
+class _Plan(NamedTuple):
+    """What becomes of the scopes of a cell: whether they change, by which two factors."""
+
+    factors: tuple[Array, Array, Array]
+    over: Array
+    after: Array
+
+
+def _plan(norm: Norm, limit: Array, finite: Array, *, normalize: bool) -> _Plan:
+    limit = jnp.maximum(limit, 0)
+    over = (norm.root != 0) | jnp.isnan(limit) if normalize else norm.exceeds(limit)
+    first, second = norm.factors(jnp.where(over, limit, 1))
+    second = jnp.where(finite, second, jnp.nan)
+    after = jnp.where(finite, jnp.where(over, limit, norm.value), jnp.nan)
+    return _Plan((over | ~finite, first, second), over & finite, after)
+
+
+def _measured_or_given(scopes: Scopes, xs: list[Array], ord: Ord, *, norm: Any) -> list[Norm]:
+    if norm is None or not scopes.is_global:
+        return measure(scopes, xs, ord)
+    if jnp.ndim(norm):
+        raise ValueError(f"Expected grad_norm to be one number, got grad_norm of shape {jnp.shape(norm)}.")
+    return [Norm.of(as_dtype(norm, accumulator(xs)))]
+
+
+def _by_norm(
+    limits: Limits,
+    scope: Scope,
+    ord: Ord,
+    nonfinite: str,
+    axis_name: AxisName,
+    name: str,
+    record: Record,
+    *,
+    normalize: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """The transform behind every clip by norm: measure, decide, rescale, report."""
+    _check(scope=scope, ord=ord, nonfinite=nonfinite, axis_name=axis_name)
+    named = _named_parts(scope, record)
+
+    def init(params: optax.Params) -> Any:
+        return limits.init(params, scope)
+
+    def step(
+        updates: optax.Updates, memory: Any, params: Any, *, grad_norm: ArrayLike | None = None, **extra: Any
+    ) -> tuple[optax.Updates, Any, Any]:
+        del extra
+        scopes, xs = Scopes.of(updates, scope, axis_name, beside=params)
+        norms = _measured_or_given(scopes, xs, ord, norm=grad_norm)
+        before, finite = total(scopes, [n.value for n in norms], ord), all_finite(norms)
+        bounds, memory = limits.update(Seen(scopes, norms, before, finite, params, ord), memory)
+        clipped = rescale(scopes, xs, norms, bounds, finite, nonfinite=nonfinite, normalize=normalize)
+
+        def report() -> Report:
+            after = total(scopes, clipped.after, ord)
+            parts = named.report(scopes, [n.value for n in norms], clipped.after, bounds) if named else {}
+            return clip_report(before, after, lowest(bounds), fraction(clipped.over), finite, parts)
+
+        return scopes.rebuild(updates, clipped.leaves), memory, report
+
+    return transform(
+        name, ("norms", "counts"), init, step,
+        record=bool(record), remembers=limits.remembers, parts=named and named.init,
+    )  # fmt: skip
+
+
+def clip_report(
+    before: Array, after: Array, threshold: Array, share: Array, finite: Array, parts: Any = None
+) -> Report:
+    """The metrics of a clip."""
+    share = jnp.where(finite & (share > 0), share, 0)
+    counts = (True, finite & (share > 0), ~finite)
+    return Report({"norms": (before, after, threshold, share)}, {"counts": counts}, parts or {})
+
+
+class _NamedParts(NamedTuple):
+    """The scopes that have names, for metrics of their own: groups by label, leaves by path."""
+
+    scope: Scope
+
+    def init(self, params: Any) -> dict[str, str]:
+        if isinstance(self.scope, Groups):
+            labels = Scopes.of(params, self.scope, axis_name=())[0].labels
+            return {label: "scope" for label in labels or ()}
+        paths, leaves, _ = flatten(params)
+        return {path or "leaf": "scope" for path, x in zip(paths, leaves, strict=True) if is_inexact(x)}
+
+    def report(self, scopes: Scopes, before: Cells, after: Cells, limits: Cells) -> dict[str, Any]:
+        names = scopes.labels or [scopes.paths[i] or "leaf" for i in scopes.places]
+        rows = [jnp.broadcast_to(limits[0], before[0].shape), before[0], after[0]]
+        return {name: {"scope": (rows[1][i], rows[2][i], rows[0][i])} for i, name in enumerate(names)}
+
+
+def _named_parts(scope: Scope, record: Record) -> _NamedParts | None:
+    _validate.record(record, "scopes")
+    if record == "scopes" and scope != "leaf" and not isinstance(scope, Groups):
+        raise ValueError(f'Expected record="scopes" only with scope="leaf" or groups, got scope={scope!r}.')
+    return _NamedParts(scope) if record and (record == "scopes" or isinstance(scope, Groups)) else None
+
+
+def _check(*, scope: Scope, ord: Ord, nonfinite: str, axis_name: AxisName) -> None:
+    _validate.scope(scope)
+    _validate.order(ord)
+    _validate.axis_name(axis_name=axis_name)
+    _validate.one_of(("propagate", "zero"), nonfinite=nonfinite)

@@ -1,0 +1,196 @@
+"""Clip each entry into an interval."""
+
+import functools
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from optax_clip import _cpu, _settings, _validate
+from optax_clip._mesh import all_reduce, reduction_axes
+from optax_clip._numerics import accumulator, as_dtype, power_of_two, reciprocal, round_down, round_up, scale, widen
+from optax_clip._records import Report, increment, transform
+from optax_clip._settings import Setting
+from optax_clip._trees import Scopes
+from optax_clip._validate import AxisName
+from optax_clip.clipping.by_norm import clip_report
+from optax_clip.norms import measure
+
+__all__ = ["clip_by_value"]
+
+
+def clip_by_value(
+    limit: Setting | optax.Schedule,
+    *,
+    lower: Setting | None = None,
+    axis_name: AxisName = None,
+    name: str = "clip",
+    record: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clip each entry of the updates into an interval.
+
+    The simplest bound. It bends the direction of the gradient, which clipping by norm does not.
+
+    .. math:: g_i \leftarrow \max(-c, \min(c, g_i))
+
+    Args:
+        limit: the bound c >= 0 on each absolute value, or with ``lower`` the upper bound: a number, a
+            0-d array, a schedule ``step -> number``, an array that broadcasts to each leaf, or a tree of
+            numbers and arrays that is a prefix of the updates. A bound that a narrow dtype cannot
+            represent is rounded inwards.
+        lower: the lower bound, for an interval that is not symmetric: a number, an array or a tree.
+        axis_name: mapped axes to sum the metrics over, as in `global_norm`.
+        name: prefix of the metrics.
+        record: False to record nothing: nothing is then read but what is clipped, and the state is
+            `optax.EmptyState` unless the limit is a schedule.
+
+    Returns:
+        A transform whose metrics hold 2-norms, the limit as threshold (with ``lower``:
+        ``min(limit, -lower)``) and the share of clipped entries. Complex entries are clamped by
+        modulus. inf goes to the bound; NaN stays NaN and the step is counted as non-finite.
+
+    Raises:
+        ValueError: for a negative or NaN limit, for ``lower > limit``, and in the update for a complex
+            leaf with ``lower``.
+        TypeError: for a limit that is neither a number nor a schedule.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from optax_clip import clip_by_value
+        >>> tx = clip_by_value(1.0)
+        >>> updates, state = tx.update(jnp.array([-3.0, 0.5]), tx.init(jnp.zeros(2)))
+        >>> print(updates)
+        [-1.   0.5]
+
+    References:
+        Mikolov, 2012, Statistical Language Models Based on Neural Networks, PhD thesis, Brno.
+    """
+    _validate.axis_name(axis_name=axis_name)
+    _validate.record(record)
+    scheduled = callable(limit)
+    if scheduled and lower is not None:
+        raise TypeError(f"Expected a number as limit beside lower, got limit={limit!r}.")
+    if lower is not None:
+        _settings.ordered(lower=lower, limit=limit)
+    elif not scheduled:
+        _check_limit(limit)
+
+    def init(params: optax.Params) -> Any:
+        del params
+        return {"step": jnp.zeros((), jnp.int32)} if scheduled else ()
+
+    def step(updates: optax.Updates, memory: Any, params: Any, **extra: Any) -> tuple[Any, Any, Any]:
+        del params, extra
+        scopes, xs = Scopes.of(updates, "global", axis_name)
+        high, memory = (_follow(limit, memory) if scheduled else (limit, memory))
+        ends = _ends(scopes, xs, lower, high)
+        inside = [_inside(x, *each) for x, each in zip(xs, ends, strict=True)]
+        clipped = _cpu.select(xs, [y != widen(x, y.dtype) for x, y in zip(xs, inside, strict=True)], inside)
+
+        def report() -> Any:
+            return _report(scopes, xs, ends, axis_name)
+
+        return scopes.rebuild(updates, clipped), memory, report
+
+    return transform(name, ("norms", "counts"), init, step, record=record, remembers=scheduled)
+
+
+def _check_limit(limit: Any) -> None:
+    if limit is None or isinstance(limit, str):
+        off = " To switch a clip off give jnp.inf." if limit is None else ""
+        raise TypeError(f"Expected limit to be a number, a tree of numbers or a schedule, got limit={limit!r}.{off}")
+    _settings.at_least(0, limit=limit)
+
+
+def _follow(schedule: optax.Schedule, memory: Any) -> tuple[Any, Any]:
+    limit = schedule(memory["step"])
+    _validate.at_least(0, **{"limit(step)": limit})
+    return limit, {"step": increment(memory["step"])}
+
+
+def _ends(scopes: Scopes, xs: Sequence[Array], lower: Any, high: Any) -> list[tuple[Array, Array]]:
+    """Both bounds of each leaf, as a leaf of its dtype can hold them."""
+    if lower is not None and any(jnp.iscomplexobj(x) for x in xs):
+        raise ValueError(f"Expected no complex leaf beside lower, got lower={lower!r}.")
+    dtype, shapes = accumulator(xs), [x.shape for x in xs]
+    highs = _settings.per_leaf(scopes, xs, shapes, limit=high)
+    lows = highs if lower is None else _settings.per_leaf(scopes, xs, shapes, lower=lower)
+    found = []
+    for x, low, top in zip(xs, lows, highs, strict=True):
+        part = jnp.finfo(x.dtype).dtype
+        top = jnp.maximum(as_dtype(top, dtype), 0) if lower is None else as_dtype(top, dtype)
+        low = -top if lower is None else as_dtype(low, dtype)
+        bounds = round_up(low, part).astype(dtype), round_down(top, part).astype(dtype)
+        found.append(tuple(_settings.aligned(b, x.ndim) for b in bounds))
+    return found
+
+
+def _inside(x: Array, low: Array, high: Array) -> Array:
+    """Each entry in [low, high], by modulus if complex; in the wide dtype."""
+    wide = widen(x, low.dtype)
+    if not jnp.iscomplexobj(x):
+        return jnp.minimum(jnp.maximum(wide, low), high)
+    # Rescale to modulus near 1 first: the modulus of a finite number can overflow. An infinite part
+    # alone gives the direction.
+    ends = [jnp.where(jnp.isinf(part), jnp.sign(part), 0) for part in (wide.real, wide.imag)]
+    infinite = jnp.isinf(wide.real) | jnp.isinf(wide.imag)
+    size = power_of_two(jnp.maximum(jnp.abs(wide.real), jnp.abs(wide.imag)))
+    way = jnp.where(infinite, lax.complex(*ends), scale(wide, reciprocal(size)))
+    over = (jnp.abs(wide) > high) | jnp.isnan(high)
+    bounded = scale(way, high / jnp.where(over, jnp.abs(way), 1))
+    return jnp.where(over & ~jnp.isnan(wide), bounded, wide)
+
+
+def _length(x: Array, low: Array, high: Array) -> Array:
+    """What the norm of a clamped entry needs: the entry, or its absolute value."""
+    if jnp.iscomplexobj(x):
+        return jnp.minimum(jnp.abs(x), high)
+    return jnp.maximum(jnp.minimum(widen(x, low.dtype), high), low)
+
+
+def _excess(x: Array, low: Array, high: Array) -> Array:
+    """How far outside; infinity counts as the largest number, on both sides."""
+    most = float(jnp.finfo(high.dtype).max)
+    low, high = jnp.maximum(low, -most), jnp.minimum(high, most)
+    if jnp.iscomplexobj(x):
+        return jnp.minimum(jnp.abs(x), most) - high
+    x = widen(x, high.dtype)
+    return jnp.maximum(jnp.minimum(x, most) - high, low - jnp.maximum(x, -most))
+
+
+class _Reading(NamedTuple):
+    """How the numbers of a report are summed: over which scope, each from a read of its own or not."""
+
+    scopes: Scopes
+    axis_name: AxisName
+
+
+def _statistics(
+    how: _Reading, xs: list[Array], ends: list[tuple[Array, Array]],
+    read: Any = lambda *parts: parts, indicator: Any = lambda gap: gap > 0,
+) -> tuple[Array, Array, Array, Array]:  # fmt: skip
+    """Norms before and after, is a NaN there, and how many entries are outside."""
+    own = [(x, *each) for x, each in zip(xs, ends, strict=True)]
+    (before,) = measure(how.scopes, [read(x)[0] for x in xs], None)
+    (after,) = measure(how.scopes, [_length(*read(*each)) for each in own], None)
+    gaps = [indicator(lax.stop_gradient(_excess(*read(*each)))) for each in own]
+    axes = [reduction_axes(how.axis_name, x) for x in xs]
+    counts = all_reduce([jnp.sum(x, dtype=jnp.float32) for x in gaps], axes, lax.psum)
+    outside = functools.reduce(jnp.add, counts, jnp.float32(0))
+    return before.value, after.value, jnp.isnan(before.root), outside
+
+
+_statistics = _cpu.instead(
+    functools.partial(_statistics, read=_cpu.apart, indicator=_cpu.indicator)
+)(_statistics)
+
+
+def _report(scopes: Scopes, xs: list[Array], ends: list[tuple[Array, Array]], axis_name: AxisName) -> Report:
+    before, after, broken, outside = _statistics(_Reading(scopes, axis_name), xs, ends)
+    size = max(scopes.counts[0].item(), 1)
+    each = [jnp.min(jnp.minimum(high, -low), initial=jnp.inf) for low, high in ends]
+    limit = functools.reduce(jnp.minimum, each, jnp.asarray(jnp.inf, jnp.float32))
+    return clip_report(before, after, limit, outside / size, ~broken)

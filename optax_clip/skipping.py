@@ -1,0 +1,164 @@
+"""Leave out bad steps."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from optax_clip import _validate
+from optax_clip._mesh import place_like
+from optax_clip._records import Report, increment, transform
+from optax_clip._trees import Scopes
+from optax_clip._validate import AxisName
+from optax_clip.clipping.by_norm import clip_report
+from optax_clip.norms import all_finite, measure
+from optax_clip.thresholds.engine import Limits, One, Seen, ThresholdRule, as_rule
+
+__all__ = ["skip_spikes"]
+
+
+def skip_spikes(
+    inner: optax.GradientTransformation,
+    rule: One,
+    *,
+    value_rule: One | None = None,
+    max_consecutive: ArrayLike = 50,
+    axis_name: AxisName = None,
+    name: str = "skip",
+    record: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Leave out the steps whose gradient, or whose loss, is a spike or not finite.
+
+    .. math:: u_t = 0 \;\text{ where } \|g_t\| > C_t, \text{ else } \mathrm{inner}(g_t)
+
+    A step that is left out gives a zero update and leaves the state of the inner optimizer as it was, so
+    that a bad batch neither moves the weights nor enters the moments.
+
+    Args:
+        inner: the optimizer to guard.
+        rule: the limit C on the norm of the whole gradient: a `ThresholdRule` such as `zscore`, a number
+            >= 0, a 0-d array or a schedule ``step -> number``.
+        value_rule: likewise a limit on the loss, such as `window_zscore`; a number may be negative. The
+            update then needs ``value=``, the loss of the step, and a step above either limit is left out.
+        max_consecutive: after so many spikes left out in a row the next finite step is taken.
+        axis_name: mapped axes to sum over, as in `global_norm`.
+        name: prefix of the metrics.
+        record: False to record nothing.
+
+    Returns:
+        A transform with the metrics of `clip_by_global_norm`, where a spike that is left out counts as
+        clipped, and the counter ``{name}/steps_skipped`` of all steps left out; with ``value_rule`` also
+        ``{name}/value`` and ``value_threshold``. A step that is not finite is always left out and does not
+        count towards ``max_consecutive``. On a step that is left out ``inner`` is given zeros, and its
+        result is thrown away.
+
+    Raises:
+        ValueError: for a negative or NaN limit, ``max_consecutive < 1``, and in the update without
+            ``value`` if there is a ``value_rule``.
+        TypeError: for an argument of another type, such as ``rule`` and ``inner`` swapped.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from optax_clip import metrics, skip_spikes
+        >>> tx = skip_spikes(optax.sgd(0.5), 10.0)
+        >>> state = tx.init(jnp.zeros(2))
+        >>> for g in (jnp.array([3.0, 4.0]), jnp.array([30.0, 40.0]), jnp.array([jnp.nan, 1.0])):
+        ...     g, state = tx.update(g, state)
+        ...     print(g)
+        [-1.5 -2. ]
+        [0. 0.]
+        [0. 0.]
+        >>> print(metrics(state)["skip/steps_skipped"])
+        2
+
+    References:
+        OLMo Team, 2025, 2 OLMo 2 Furious, https://arxiv.org/abs/2501.00656
+    """
+    guarded = _guarded(inner)
+    limit, of_value = Limits.of("global", rule=rule), _value_rule(value_rule)
+    _validate.integer(1, max_consecutive=max_consecutive)
+    _validate.axis_name(axis_name=axis_name)
+    _validate.record(record)
+
+    def init(params: optax.Params) -> Any:
+        first = {"skipped_in_a_row": jnp.zeros((), jnp.int32), "value": of_value.init(jnp.zeros((), jnp.float32))}
+        inner_state = guarded.init(params)
+        return {**place_like(first, params), "rule": limit.init(params, "global"), "inner_state": inner_state}
+
+    def step(
+        updates: optax.Updates, memory: Any, params: Any, *, value: Any = None, **extra: Any
+    ) -> tuple[Any, Any, Any]:
+        scopes, xs = Scopes.of(updates, "global", axis_name)
+        norms = measure(scopes, xs, None)
+        before, loss = norms[0].value, _loss(value, needed=value_rule is not None)
+        finite = all_finite(norms) & jnp.isfinite(loss)
+        seen = Seen(scopes, norms, before, finite, params, None)
+        (threshold,), new_rule = limit.update(seen, memory["rule"])
+        told = lax.stop_gradient(jnp.where(finite, loss, jnp.nan))
+        highest, new_value = of_value.update(told, memory["value"], None, told)
+        spike = finite & ~((before <= threshold) & (loss <= highest))
+        skipped = spike & (memory["skipped_in_a_row"] < jnp.asarray(max_consecutive))
+        take = lax.optimization_barrier(finite & ~skipped)
+        if value is not None:
+            extra["value"] = value
+
+        safe = scopes.rebuild(updates, [_keep(take, x) for x in xs])
+        new, inner_state = guarded.update(safe, memory["inner_state"], params, **extra)
+        in_a_row = jnp.where(skipped, increment(memory["skipped_in_a_row"]), 0)
+        kept = {
+            "skipped_in_a_row": jnp.where(finite, in_a_row, memory["skipped_in_a_row"]),
+            "value": new_value,
+            "rule": new_rule,
+            "inner_state": jax.tree.map(lambda x, y: jnp.where(take, x, y), inner_state, memory["inner_state"]),
+        }
+
+        def report() -> Report:
+            after = jnp.where(take, before, 0)
+            clip = clip_report(before, after, threshold, skipped, finite)
+            counts = {"guarded": (*clip.happened["counts"], ~take)}
+            values = {"values": (loss, highest)} if value_rule is not None else {}
+            return Report({**clip.gauges, **values}, counts)
+
+        taken, leaves = Scopes.of(new, "global", axis_name=())
+        return taken.rebuild(new, [_keep(take, x) for x in leaves]), kept, report
+
+    fields = ("norms", "guarded", *["values"] * (value_rule is not None))
+    return transform(name, fields, init, step, record=record)
+
+
+def _guarded(inner: Any) -> optax.GradientTransformationExtraArgs:
+    if not (hasattr(inner, "init") and hasattr(inner, "update")) or isinstance(inner, ThresholdRule):
+        raise TypeError(
+            "Expected inner to be an Optax transform, as in skip_spikes(inner, rule), got "
+            f"inner={inner!r}."
+        )
+    return optax.with_extra_args_support(inner)
+
+
+def _value_rule(value_rule: Any) -> ThresholdRule:
+    """A limit on the loss: none, a rule or schedule, or a number that may be negative."""
+    if value_rule is None or callable(value_rule) or isinstance(value_rule, ThresholdRule):
+        return as_rule(value_rule=jnp.inf if value_rule is None else value_rule)
+    _validate.number(value_rule=value_rule)
+    return ThresholdRule(lambda _: (), lambda norms, state, *_: (jnp.asarray(value_rule, norms.dtype), state))
+
+
+def _loss(value: Any, *, needed: bool) -> Array:
+    if not needed:
+        return jnp.float32(0)
+    if value is None:
+        raise ValueError(
+            "Expected value, the loss of the step, in update of skip_spikes with a value_rule, got "
+            "value=None. Call tx.update(grads, state, params, value=loss)."
+        )
+    if jnp.ndim(value):
+        raise ValueError(f"Expected value to be one number, got value of shape {jnp.shape(value)}.")
+    return jnp.asarray(value).astype(jnp.float32)
+
+
+def _keep(take: Array, x: Array) -> Array:
+    return lax.select(take, x, jnp.zeros_like(x))
