@@ -35,10 +35,21 @@ def instead(special: Callable[..., T]) -> Callable[[Callable[..., T]], Callable[
 
 def by_platform(*arrays: Any, default: Callable[..., T], **special: Callable[..., T]) -> T:
     """The way of the platform that the arrays are, or will be, on."""
-    if any(isinstance(x, jax.core.Tracer) for x in arrays):
+    leaves = jax.tree.leaves(arrays)
+    if any(isinstance(x, jax.core.Tracer) for x in leaves):
         result: T = lax.platform_dependent(*arrays, default=default, **special)
         return result
-    return special.get(_platform(arrays), default)(*arrays)
+    return special.get(_platform(leaves), default)(*arrays)
+
+
+def written_once(xs: list[Array]) -> list[Array]:
+    """On a GPU written to memory: what a norm and a projection read is else computed a second time."""
+    return by_platform(xs, cuda=lax.optimization_barrier, default=list)
+
+
+def read_again(xs: list[Array]) -> list[Array]:
+    """On a GPU read a second time: what is made of them for a sum is else written for the next reader."""
+    return by_platform(xs, cuda=lax.optimization_barrier, default=list)
 
 
 def _platform(leaves: Sequence[Any]) -> str:

@@ -15,6 +15,7 @@ from optax_clip import _validate
 from optax_clip._mesh import all_reduce, axis_size, is_explicit, reduction_axes, replicated
 from optax_clip._validate import AxisName, Groups, Scope
 
+_ROW = 128  # entries of a row that is summed on its own
 _SMALL = 2**16  # entries of a leaf that a compiler takes longer to sum than the device
 
 # Where the norm of a leaf stands: in which cell, and there as a whole (None), as one entry, or as a
@@ -219,6 +220,22 @@ class Scopes(NamedTuple):
         scopes, terms = _joined(self, terms)
         return scopes._reduce(terms, jnp.sum, lax.psum, operator.add)
 
+    def sums(self, ways: Sequence[Sequence[Array]]) -> list[Cells]:
+        """Several sums over each scope in one read of the leaves.
+
+        On one device the rows of large leaves are summed first: what is left of all ways then takes one
+        kernel a leaf, not one each.
+        """
+        if jax.device_count() > 1 or not all(isinstance(where, int) or self.is_global for _, where in self.homes):
+            return [self.sum(terms) for terms in ways]
+        scopes, first = _joined(self, ways[0])
+        columns = zip(first, *(_joined(self, terms)[1] for terms in ways[1:]), strict=True)
+        pieces = [jnp.stack([_rows_summed(t) for t in column]) for column in columns]
+        parts = [jnp.sum(x, axis=tuple(range(1, x.ndim))) for x in pieces]
+        values = all_reduce(parts, scopes.mapped, lax.psum)
+        cells = scopes.cells(values)
+        return [[cell[..., i] for cell in cells] for i in range(len(ways))]
+
     def max(self, terms: Sequence[Array], initial: float = 0) -> Cells:
         """The largest term of each scope."""
         return self._reduce(terms, functools.partial(jnp.max, initial=initial), lax.pmax, jnp.maximum)
@@ -285,6 +302,10 @@ def _joined(scopes: Scopes, terms: Sequence[Array]) -> tuple[Scopes, list[Array]
     return scopes._replace(**fields), [
         functools.reduce(operator.add, [terms[i] for i in some]) for some in eights
     ]
+
+
+def _rows_summed(x: Array) -> Array:
+    return jnp.sum(x, axis=-1) if x.ndim > 1 and x.shape[-1] >= _ROW else x
 
 
 def _homes(

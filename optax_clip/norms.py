@@ -235,13 +235,13 @@ class Powers(NamedTuple):
 @_cpu.instead(_cpu.sums_in_range)
 def _sums_in_range(powers: Powers, xs: list[Array]) -> tuple[Cells, Cells]:
     """The sums of one read: as they are, shrunk, grown; one of the three is in range."""
-    plain = powers.terms(xs)
     if powers.never_out_of_range(xs):
+        plain = powers.terms(xs)
         return plain, [jnp.ones_like(s) for s in plain]
     wide = [widen(x, powers.dtype) for x in xs]
     small, large = (jnp.asarray(k, powers.dtype) for k in (powers.small, powers.large))
-    shrunk = powers.terms([scale(x, small) for x in wide])
-    grown = powers.terms([scale(_capped(x), large) for x in wide]) if powers.p == 2 else plain
+    ways = [wide, [scale(x, small) for x in wide], [scale(_capped(x), large) for x in wide]]
+    plain, shrunk, grown = powers.scopes.sums([[_power(x, powers.p) for x in way] for way in ways])
     sums, scales = [], []
     for middle, less, more, (high, low) in zip(plain, shrunk, grown, powers.out_of_range(plain), strict=True):
         sums.append(jnp.where(high, less, jnp.where(low, more, middle)))

@@ -168,10 +168,11 @@ class _How(NamedTuple):
     scopes: Scopes
     record: bool
 
-    def nearest(self, reached: list[Array], memory: Any) -> Move:
+    def nearest(self, reached: list[Array], again: list[Array], memory: Any) -> Move:
         tree = self.scopes.alone(reached)
-        constraint = self.constraint
-        return constraint.move(tree, memory) if constraint.move else Move(constraint(tree), memory)
+        if self.constraint.move is None:
+            return Move(self.constraint(tree), memory)
+        return self.constraint.move(tree, memory, self.scopes.alone(again))
 
 
 Landed = tuple[list[Array], Any, tuple[Array, Array]]
@@ -182,6 +183,8 @@ def redirect(
 ) -> tuple[optax.Updates, Any, tuple[Array, Array]]:
     """The updates that land in the set, its memory, how far that moves the weights and the share moved."""
     scopes, us = Scopes.of(updates, "leaf", constraint.axis_name, beside=params)
+    if constraint.outside is None:
+        us = _cpu.written_once(us)
     how = _How(constraint, scopes, record)
     way = _landed_and_measured if record and constraint.outside else _landed
     new, memory, moved = way(how, scopes.leaves_of(params), us, memory)
@@ -190,14 +193,15 @@ def redirect(
 
 def _landed(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Landed:
     """Where to, and the updates that land there."""
-    reached = [reach(p, u) for p, u in zip(ps, us, strict=True)]
-    move = how.nearest(reached, memory)
+    measured = [reach(p, u) for p, u in zip(ps, us, strict=True)]
+    reached = [reach(p, u) for p, u in zip(ps, _cpu.read_again(us), strict=True)]
+    move = how.nearest(measured, reached, memory)
     _, targets = Scopes.of(move.params, "leaf", axis_name=())
     each = zip(ps, us, reached, targets, strict=True)
     new = [land(*those, shrinks=how.constraint.shrinks) for those in each]
     nothing = jnp.float32(0), jnp.float32(0)
-    measured = move.report or functools.partial(_moves, how, ps, reached, new)
-    return new, move.memory, measured() if how.record else nothing
+    moved = move.report or functools.partial(_moves, how, ps, reached, new)
+    return new, move.memory, moved() if how.record else nothing
 
 
 @_cpu.instead(lambda how, *arrays: _measured_then_landed(how, *arrays))
@@ -234,8 +238,8 @@ def _gap(reached: Array, p: Array, new: Array) -> tuple[Array, Array]:
     s, end = widen(reached, wide), widen(end, wide)
     if p.dtype == jnp.bfloat16:
         end = lax.reduce_precision(end, 8, 7)  # XLA may keep more
-    gap = jnp.abs(s - end)
-    return gap * gap, (gap != 0).astype(wide)
+    gap = jnp.abs(s - end) if jnp.iscomplexobj(s) else s - end
+    return gap * gap, (s != end).astype(wide)
 
 
 def _two_sums(x: Array, y: Array) -> tuple[Array, Array]:

@@ -180,7 +180,8 @@ def _entrywise(bounds: Callable[..., Bounded], axis_name: AxisName) -> Constrain
     def excess(params: optax.Params) -> Array:
         return largest(outside(params), axis_name)
 
-    def move(params: optax.Params, memory: Any) -> Move:
+    def move(params: optax.Params, memory: Any, again: Any = None) -> Move:
+        del again
         return Move(nearest(params, memory), memory)
 
     return Constraint(nearest, excess, move=move, outside=outside, axis_name=axis_name)
