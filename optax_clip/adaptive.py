@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array, lax
 from jax.typing import ArrayLike
@@ -36,16 +37,19 @@ def adaptive_grad_clip(
     Args:
         ratio: the factor λ >= 0.
         eps: the norm ε >= 0 that a unit is taken to have at least.
-        scope: which entries share a norm, as in `clip_by_norm`.
+        scope: which entries share a norm, as in `clip_by_norm`, but that with ``"unit"`` a leaf with at
+            most one axis longer than 1 is one unit.
         nonfinite: ``"propagate"`` or ``"zero"``, as in `clip_by_norm`.
         axis_name: mapped axes to sum over, as in `global_norm`.
         name: prefix of the metrics.
 
     Returns:
         ``clip_by_norm(relative_to_params(ratio, eps=eps), scope="unit")``, whose update needs
-        ``params``. The paper leaves the last linear layer out: mask it with `optax.masked`. For kernels
-        of rank 3 a unit is one index of the last axis, as in the authors' code, where
-        `optax.adaptive_grad_clip` reduces axis 0 only (``scope=0``).
+        ``params``. The paper leaves the last linear layer out: mask it with `optax.masked`. A unit is
+        one index of the last axis, for every rank. The authors' two programs and
+        `optax.adaptive_grad_clip` agree but for rank 3, which they take for several heads
+        ``(in, heads, out)`` and reduce over axis 0 alone: for these give ``scope=0``. For weights
+        ``(out, in, ...)`` give a callable, as the guide on thresholds shows.
 
     Raises:
         ValueError: for a negative or NaN argument, and in the update without ``params``.
@@ -65,7 +69,15 @@ def adaptive_grad_clip(
         Brock, De, Smith, Simonyan, 2021, https://arxiv.org/abs/2102.06171
     """
     rule = relative_to_params(ratio, eps=eps)
+    if isinstance(scope, str) and scope == "unit":
+        scope = _unit_or_leaf
     return clip_by_norm(rule, scope=scope, nonfinite=nonfinite, axis_name=axis_name, name=name)
+
+
+def _unit_or_leaf(path: str, leaf: Any) -> str:
+    """By unit where two axes or more are longer than 1: a vector is one unit, whatever its rank."""
+    del path
+    return "unit" if sum(n > 1 for n in np.shape(leaf)) > 1 else "leaf"
 
 
 def autoclip(
@@ -202,8 +214,10 @@ def adagc(
     Returns:
         ``clip_by_norm(ema_ratio(ratio, decay=decay, warmup=warmup, max_norm=max_norm), scope="leaf")``.
         It is Algorithm 1 of the paper but for what would break it: one zero gradient in warm-up makes γ
-        of that leaf 0 for good there, one NaN makes it NaN; here neither is taken in. PaddlePaddle's
-        version takes the norms before the global clip into γ and has other defaults.
+        of that leaf 0 for good there, one NaN makes it NaN; here neither is taken in. By default most
+        steps are clipped for hundreds of steps, and γ grows by 0.1% a step at most; `ema_ratio` has
+        ``rearm`` for those who want it to follow faster. PaddlePaddle's version takes the norms before
+        the global clip into γ and has other defaults.
 
     Raises:
         ValueError: for a negative ratio, warm-up or max_norm, or a decay outside [0, 1).
