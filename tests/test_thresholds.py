@@ -513,7 +513,7 @@ CONSTANT_RULES = [
 ]
 
 
-@pytest.mark.parametrize("q", [1.0, 0.999, 0.9])
+@pytest.mark.parametrize("q", [1.0, 1 - 2**-53, 1 - 1e-8, 0.9])
 @every_dtype
 def test_no_norm_is_above_the_maximum_of_its_window(dtype, q, x64):
     for size in (SIZES, 1 + 1e-6 * np.log(SIZES)):
@@ -538,8 +538,10 @@ def test_weights_beyond_float32(x64):
     norms, weights = jnp.array([1.0, 1.0]), jnp.array([1e60, 0.0])
     limits, _ = rule.update(norms, rule.init(norms), weights, jnp.float64(2.0))
     np.testing.assert_allclose(limits, [1e58, 1e-5], 1e-15)
-    limits, _ = rule.update(norms.astype("float32"), {}, weights, jnp.float32(2.0))
-    assert limits.dtype == jnp.float32 and limits[0] == jnp.inf
+    for ratio, limit in ((0.01, jnp.inf), (2e-60, 2.0)):  # Beside gradients in float32.
+        rule = relative_to_params(ratio)
+        limits, _ = rule.update(norms.astype("float32"), {}, weights, jnp.float32(2.0))
+        assert limits.dtype == jnp.float32 and limits[0] == limit
 
 
 class SkipByZScore:

@@ -73,6 +73,7 @@ UNEQUAL = [
     (made(np.ones(2)), made(np.ones((2, 1)))),
     (made(np.ones(2)), made(np.ones(2, "float32"))),
     (made(np.ones(2)), made(np.array([1.0, 2.0]))),
+    (made(np.zeros(2, "int32")), made(np.zeros(2, "float32"))),
     (made([1.0]), made((1.0,))),
     (made({"x": 1}), made({"y": 1})),
     (made(None), made(())),
