@@ -212,14 +212,13 @@ def zscore(
         warming = state["seen"] < jnp.maximum(count(warmup), 1)
         highest = mean + number(z, norms) * (std + 1e-6)
         spike = known & ~warming & (norms > highest)
-        score = jnp.where(spike, norms - mean, 1) / (std + 1e-6)
-        cut = mean + number(z, norms) ** 2 / score * std
+        inverse_score = (std + 1e-6) / jnp.where(spike, norms - mean, 1)
+        cut = mean + number(z, norms) ** 2 * inverse_score * std
         limits = jnp.where(spike, cut, jnp.where(warming, jnp.inf, highest))
         x = jnp.where(spike & (state["streak"] < count(rearm)), limits, norms)
-        # Welford's update in warm-up, the running one after it; a deviation, unlike a variance, stays
-        # in range for every norm.
         weight = jnp.where(warming, 1 / _at_least_one(seen, norms), 1 - number(decay, norms))
-        share = jnp.sqrt(weight) * jnp.where(warming, jnp.sqrt(1 - weight), 1 - weight)
+        # Welford's update in warm-up, the running one after it.
+        share = jnp.where(warming, jnp.sqrt(1 - weight), 1 - weight) * jnp.sqrt(weight)
         new = {
             "seen": seen,
             "mean": mean + weight * (x - mean),
