@@ -53,6 +53,7 @@ def test_the_first_memory_is_zeros(rule, dtype, x64):
     assert type(state) is dict and not any("/" in key for key in state)
     assert {x.dtype for x in state.values()} <= {jnp.dtype(dtype), jnp.dtype("int32")}
     assert not any(jnp.any(x != 0) for x in state.values())
+    assert len({id(x) for x in state.values()}) == len(state)  # Else it cannot be donated.
 
 
 @every_rule

@@ -202,8 +202,9 @@ def zscore(
     cap: ArrayLike = jnp.inf if max_norm is None else max_norm
 
     def init(norms: Array) -> Memory:
-        zeros = jnp.zeros_like(norms)
-        return {"seen": counts(norms), "mean": zeros, "std": zeros, "streak": counts(norms)}
+        # Two arrays, not one twice: a state may be donated.
+        mean, std = jnp.zeros_like(norms), jnp.zeros_like(norms)
+        return {"seen": counts(norms), "mean": mean, "std": std, "streak": counts(norms)}
 
     def update(norms: Array, state: Memory, *_: Any) -> tuple[Array, Memory]:
         known = usable(norms)
@@ -212,8 +213,7 @@ def zscore(
         warming = state["seen"] < jnp.maximum(count(warmup), 1)
         highest = mean + number(z, norms) * (std + 1e-6)
         spike = known & ~warming & (norms > highest)
-        inverse_score = (std + 1e-6) / jnp.where(spike, norms - mean, 1)
-        cut = mean + number(z, norms) ** 2 * inverse_score * std
+        cut = mean + number(z, norms) ** 2 * ((std + 1e-6) / jnp.where(spike, norms - mean, 1)) * std
         limits = jnp.where(spike, cut, jnp.where(warming, jnp.inf, highest))
         x = jnp.where(spike & (state["streak"] < count(rearm)), limits, norms)
         weight = jnp.where(warming, 1 / _at_least_one(seen, norms), 1 - number(decay, norms))
