@@ -39,6 +39,7 @@ from optax_clip.thresholds import ema_ratio as ema_ratio
 from optax_clip.thresholds import relative_to_params as relative_to_params
 from optax_clip.thresholds import running_quantile as running_quantile
 from optax_clip.thresholds import window_quantile as window_quantile
+from optax_clip.thresholds import window_zscore as window_zscore
 from optax_clip.thresholds import zscore as zscore
 
 __all__ = [
@@ -78,6 +79,7 @@ __all__ = [
     "violation",
     "where",
     "window_quantile",
+    "window_zscore",
     "zclip",
     "zscore",
 ]

@@ -47,11 +47,6 @@ def written_once(xs: list[Array]) -> list[Array]:
     return by_platform(xs, cuda=lax.optimization_barrier, default=list)
 
 
-def read_again(xs: list[Array]) -> list[Array]:
-    """On a GPU read a second time: what is made of them for a sum is else written for the next reader."""
-    return by_platform(xs, cuda=lax.optimization_barrier, default=list)
-
-
 def _platform(leaves: Sequence[Any]) -> str:
     for x in leaves:
         if isinstance(x, Array):

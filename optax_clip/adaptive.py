@@ -1,10 +1,13 @@
 """Algorithms from papers, each a norm, a rule and an action."""
 
+from typing import Any
+
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
 from optax_clip import _validate
-from optax_clip._validate import AxisName, Scope
+from optax_clip._validate import AxisName, Record, Scope
 from optax_clip.clipping import clip_by_norm
 from optax_clip.thresholds import ema_ratio, relative_to_params, window_quantile, zscore
 from optax_clip.thresholds.engine import as_rule
@@ -20,6 +23,7 @@ def adaptive_grad_clip(
     nonfinite: str = "propagate",
     axis_name: AxisName = None,
     name: str = "clip",
+    record: Record = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AGC: clip each unit relative to the norm of its weights, for training without batch norm.
 
@@ -28,16 +32,20 @@ def adaptive_grad_clip(
     Args:
         ratio: the factor λ >= 0.
         eps: the norm ε >= 0 that a unit is taken to have at least.
-        scope: which entries share a norm, as in `clip_by_norm`.
+        scope: which entries share a norm, as in `clip_by_norm`, but that with ``"unit"`` a leaf with at
+            most one axis longer than 1 is one unit.
         nonfinite: ``"propagate"`` or ``"zero"``, as in `clip_by_norm`.
         axis_name: mapped axes to sum over, as in `global_norm`.
         name: prefix of the metrics.
+        record: as in `clip_by_norm`.
 
     Returns:
         ``clip_by_norm(relative_to_params(ratio, eps=eps), scope="unit")``, whose update needs
-        ``params``. The paper leaves the last linear layer out: mask it with `optax.masked`. For kernels
-        of rank 3 a unit is one index of the last axis, as in the authors' code, where
-        `optax.adaptive_grad_clip` reduces axis 0 only (``scope=0``).
+        ``params``. The paper leaves the last linear layer out: mask it with `optax.masked`. A unit is
+        one index of the last axis, for every rank. The authors' two programs and
+        `optax.adaptive_grad_clip` agree but for rank 3, which they take for several heads
+        ``(in, heads, out)`` and reduce over axis 0 alone: for these give ``scope=0``. For weights
+        ``(out, in, ...)`` give a callable, as the guide on thresholds shows.
 
     Raises:
         ValueError: for a negative or NaN argument, and in the update without ``params``.
@@ -57,7 +65,15 @@ def adaptive_grad_clip(
         Brock, De, Smith, Simonyan, 2021, https://arxiv.org/abs/2102.06171
     """
     rule = relative_to_params(ratio, eps=eps)
-    return clip_by_norm(rule, scope=scope, nonfinite=nonfinite, axis_name=axis_name, name=name)
+    if isinstance(scope, str) and scope == "unit":
+        scope = _unit_or_leaf
+    return clip_by_norm(rule, scope=scope, nonfinite=nonfinite, axis_name=axis_name, name=name, record=record)
+
+
+def _unit_or_leaf(path: str, leaf: Any) -> str:
+    """By unit where two axes or more are longer than 1: a vector is one unit, whatever its rank."""
+    del path
+    return "unit" if sum(n > 1 for n in np.shape(leaf)) > 1 else "leaf"
 
 
 def autoclip(
@@ -67,6 +83,7 @@ def autoclip(
     nonfinite: str = "propagate",
     axis_name: AxisName = None,
     name: str = "clip",
+    record: Record = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AutoClip: clip the global norm at a percentile of the norms seen so far.
 
@@ -79,6 +96,7 @@ def autoclip(
         nonfinite: ``"propagate"`` or ``"zero"``, as in `clip_by_norm`.
         axis_name: mapped axes to sum over, as in `global_norm`.
         name: prefix of the metrics.
+        record: as in `clip_by_norm`.
 
     Returns:
         ``clip_by_global_norm(window_quantile(percentile / 100, window=window))``. The authors' code
@@ -107,7 +125,7 @@ def autoclip(
     """
     _validate.between(0, 100, percentile=percentile)
     rule = window_quantile(percentile / 100, window=window)
-    return clip_by_norm(rule, scope="global", nonfinite=nonfinite, axis_name=axis_name, name=name)
+    return clip_by_norm(rule, scope="global", nonfinite=nonfinite, axis_name=axis_name, name=name, record=record)
 
 
 def zclip(
@@ -119,6 +137,7 @@ def zclip(
     nonfinite: str = "propagate",
     axis_name: AxisName = None,
     name: str = "clip",
+    record: Record = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""ZClip: clip only spikes, steps whose global norm stands out from its running mean.
 
@@ -133,6 +152,7 @@ def zclip(
         nonfinite: ``"propagate"`` or ``"zero"``, as in `clip_by_norm`.
         axis_name: mapped axes to sum over, as in `global_norm`.
         name: prefix of the metrics.
+        record: as in `clip_by_norm`.
 
     Returns:
         ``clip_by_global_norm(zscore(z, decay=decay, warmup=warmup, max_norm=max_norm))``. It differs
@@ -162,7 +182,7 @@ def zclip(
         Kumar, Owen, Roy Chowdhury, Güra, 2025, https://arxiv.org/abs/2504.02507
     """
     rule = zscore(z, decay=decay, warmup=warmup, max_norm=max_norm)
-    return clip_by_norm(rule, scope="global", nonfinite=nonfinite, axis_name=axis_name, name=name)
+    return clip_by_norm(rule, scope="global", nonfinite=nonfinite, axis_name=axis_name, name=name, record=record)
 
 
 def adagc(
@@ -174,6 +194,7 @@ def adagc(
     nonfinite: str = "propagate",
     axis_name: AxisName = None,
     name: str = "clip",
+    record: Record = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdaGC: clip each leaf relative to the running mean of its own clipped norm.
 
@@ -190,12 +211,15 @@ def adagc(
         nonfinite: ``"propagate"`` or ``"zero"``, as in `clip_by_norm`.
         axis_name: mapped axes to sum over, as in `global_norm`.
         name: prefix of the metrics.
+        record: as in `clip_by_norm`.
 
     Returns:
         ``clip_by_norm(ema_ratio(ratio, decay=decay, warmup=warmup, max_norm=max_norm), scope="leaf")``.
         It is Algorithm 1 of the paper but for what would break it: one zero gradient in warm-up makes γ
-        of that leaf 0 for good there, one NaN makes it NaN; here neither is taken in. PaddlePaddle's
-        version takes the norms before the global clip into γ and has other defaults.
+        of that leaf 0 for good there, one NaN makes it NaN; here neither is taken in. By default most
+        steps are clipped for hundreds of steps, and γ grows by 0.1% a step at most; `ema_ratio` has
+        ``rearm`` for those who want it to follow faster. PaddlePaddle's version takes the norms before
+        the global clip into γ and has other defaults.
 
     Raises:
         ValueError: for a negative ratio, warm-up or max_norm, or a decay outside [0, 1).
@@ -216,7 +240,7 @@ def adagc(
         Wang, Liu, Xu, Chen, Zhu, Hong, Xu, Zhang, Shi, Ma, Wu, 2025, https://arxiv.org/abs/2502.11034
     """
     rule = ema_ratio(ratio, decay=decay, warmup=warmup, max_norm=max_norm)
-    return clip_by_norm(rule, scope="leaf", nonfinite=nonfinite, axis_name=axis_name, name=name)
+    return clip_by_norm(rule, scope="leaf", nonfinite=nonfinite, axis_name=axis_name, name=name, record=record)
 
 
 def clip_by_update_rms(
@@ -225,6 +249,7 @@ def clip_by_update_rms(
     nonfinite: str = "propagate",
     axis_name: AxisName = None,
     name: str = "clip",
+    record: Record = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adafactor's update clipping: bound the root mean square of each leaf of the update.
 
@@ -238,6 +263,7 @@ def clip_by_update_rms(
         nonfinite: ``"propagate"`` or ``"zero"``, as in `clip_by_norm`.
         axis_name: mapped axes to average over, as in `global_norm`.
         name: prefix of the metrics.
+        record: as in `clip_by_norm`.
 
     Returns:
         ``clip_by_norm(max_rms, scope="leaf", ord="rms")``.
@@ -259,5 +285,5 @@ def clip_by_update_rms(
     """
     rule = as_rule(max_rms=max_rms)
     return clip_by_norm(
-        rule, scope="leaf", ord="rms", nonfinite=nonfinite, axis_name=axis_name, name=name
+        rule, scope="leaf", ord="rms", nonfinite=nonfinite, axis_name=axis_name, name=name, record=record
     )

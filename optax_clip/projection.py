@@ -168,11 +168,11 @@ class _How(NamedTuple):
     scopes: Scopes
     record: bool
 
-    def nearest(self, reached: list[Array], again: list[Array], memory: Any) -> Move:
+    def nearest(self, reached: list[Array], memory: Any) -> Move:
         tree = self.scopes.alone(reached)
         if self.constraint.move is None:
             return Move(self.constraint(tree), memory)
-        return self.constraint.move(tree, memory, self.scopes.alone(again))
+        return self.constraint.move(tree, memory)
 
 
 Landed = tuple[list[Array], Any, tuple[Array, Array]]
@@ -193,9 +193,8 @@ def redirect(
 
 def _landed(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Landed:
     """Where to, and the updates that land there."""
-    measured = [reach(p, u) for p, u in zip(ps, us, strict=True)]
-    reached = [reach(p, u) for p, u in zip(ps, _cpu.read_again(us), strict=True)]
-    move = how.nearest(measured, reached, memory)
+    reached = [reach(p, u) for p, u in zip(ps, us, strict=True)]
+    move = how.nearest(reached, memory)
     _, targets = Scopes.of(move.params, "leaf", axis_name=())
     each = zip(ps, us, reached, targets, strict=True)
     new = [land(*those, shrinks=how.constraint.shrinks) for those in each]

@@ -320,6 +320,28 @@ class WindowQuantile(Rule):
         return float(np.quantile(entry.norms, self.q, method="linear"))
 
 
+class WindowZScore(Rule):
+    """limit = mean + z std, ddof = 1, of the last ``window`` values, this one not included.
+
+    Of fewer than max(2, window // 2) values: inf. Any finite value counts, negative ones and 0 too.
+    """
+
+    def __init__(self, z, window=128):
+        super().__init__()
+        self.z, self.window = z, window
+
+    def first(self):
+        return []
+
+    def limit(self, entry, n, weight, total):
+        last = np.array(entry[-self.window :])
+        if math.isfinite(n):
+            entry.append(n)
+        if len(last) < max(2, self.window // 2):
+            return math.inf
+        return float(np.mean(last) + self.z * np.std(last, ddof=1))
+
+
 class RunningQuantile(Rule):
     """C' = C exp(rate (q - 1[n <= C])), from the geometric mean of the first ``warmup`` norms on.
 
@@ -402,10 +424,11 @@ class EmaRatio(Rule):
         gamma' = min(gamma, clipped norm); first: that norm.
 
     After: limit = ratio * gamma, gamma' = b gamma + (1 - b) * clipped norm. The clipped norm is
-    min(n, limit); gamma takes in no zero. At the ``rearm``-th clipped norm in a row gamma' = n.
+    min(n, limit); gamma takes in no zero. At the ``rearm``-th clipped norm in a row gamma' = n; for
+    None there is no such norm.
     """
 
-    def __init__(self, ratio, decay=0.98, warmup=100, max_norm=1.0, rearm=50):
+    def __init__(self, ratio, decay=0.98, warmup=100, max_norm=1.0, rearm=None):
         super().__init__()
         self.ratio, self.decay, self.warmup = ratio, decay, warmup
         self.max_norm, self.rearm = max_norm, rearm
@@ -428,7 +451,7 @@ class EmaRatio(Rule):
                 entry.gamma = clipped if entry.gamma is None else min(entry.gamma, clipped)
             else:
                 entry.gamma = self.decay * entry.gamma + (1 - self.decay) * clipped
-            if entry.streak >= self.rearm:
+            if self.rearm is not None and entry.streak >= self.rearm:
                 entry.gamma, entry.streak = n, 0
         return limit
 
@@ -465,7 +488,12 @@ class ClipByRule:
         return limits if math.isfinite(total) else np.full(limits.shape, math.inf)
 
 
-def agc(leaves, params, ratio=0.01, eps=1e-3, scope="unit"):
+def agc_scope(path, x):
+    """The unit of AGC: all of a leaf with at most one axis longer than 1, else an index of the last."""
+    return "leaf" if np.squeeze(x).ndim <= 1 else "unit"
+
+
+def agc(leaves, params, ratio=0.01, eps=1e-3, scope=agc_scope):
     """AGC, Brock et al. 2021: unit norms against ratio * max(||w||, eps); ``(tree, metrics)``."""
     return ClipByRule(lambda: RelativeToParams(ratio, eps), scope).step(leaves, params)
 
@@ -669,6 +697,26 @@ def violation(leaves, kind, scope="leaf", **values):
 def torch_clipped(n, max_norm):
     """n * min(1, max_norm / (n + 1e-6)), the norm after PyTorch's clip_grad_norm_; NaN stays."""
     return float(n * np.minimum(max_norm / (n + 1e-6), 1.0))
+
+
+def published_agc(grad, weight, ratio=0.01, eps=1e-3):
+    """AGC (Brock et al. 2021) of one leaf, as in both of the authors' programs for NFNets.
+
+    One norm for a leaf that squeezed is a scalar or vector; axis 0 reduced in ranks 2 and 3; all but
+    the last in rank 4; other ranks raise.
+    """
+    grad, weight = wide(grad), wide(weight)
+    if np.squeeze(grad).ndim <= 1:
+        axes = None
+    else:
+        axes = {2: (0,), 3: (0,), 4: (0, 1, 2)}[grad.ndim]
+
+    def unit_norms(x):
+        return np.sqrt(np.sum(x**2, axis=axes, keepdims=axes is not None))
+
+    limit = ratio * np.maximum(unit_norms(weight), eps)
+    size = unit_norms(grad)
+    return np.where(size > limit, grad * (limit / np.maximum(size, 1e-6)), grad)
 
 
 def steps_by_leaves(norms):

@@ -79,6 +79,7 @@ half_of_largest = oc.ThresholdRule(
 # Each in every scope, with so short a memory that three steps show all of it.
 RULES = {
     "window_quantile": oc.window_quantile(0.5, window=2),
+    "window_zscore": oc.window_zscore(0.5, window=2),
     "running_quantile": oc.running_quantile(0.5, rate=0.5, warmup=1),
     "zscore": oc.zscore(1.0, warmup=1),
     "ema_ratio": oc.ema_ratio(1.05, warmup=2),

@@ -197,6 +197,8 @@ def test_as_optax_adaptive_grad_clip(standard_promotion):
     grads, params = (in_float32(random_tree(seed)) for seed in (3, 4))
     kernel = np.random.default_rng(5).normal(size=(2, 3, 3, 2, 4))
     grads["conv"], params["conv"] = jnp.asarray(kernel, jnp.float32)
+    grads["wide"], params["wide"] = grads["conv"][:1, :1, 0], params["conv"][:1, :1, 0]
+    grads["row"], params["row"] = grads["conv"][:1, 0, 0], params["conv"][:1, 0, 0]
     assert_same_updates(adaptive_grad_clip(0.5), optax.adaptive_grad_clip(0.5), grads, params)
     grads, params = {"w": grads["conv"][0]}, {"w": params["conv"][0]}
     tx = adaptive_grad_clip(0.5, scope=0)
@@ -265,7 +267,8 @@ def test_what_the_state_holds():
     assert shapes(autoclip(window=8), tree) == [(), (8,)]
     assert shapes(zclip(), tree) == [()] * 4
     assert shapes(clip_by_norm(window_quantile(0.1, window=8)), tree) == [(3,), (8, 3)]
-    assert shapes(adagc(), tree) == [(3,)] * 3
+    assert shapes(adagc(), tree) == [(3,)] * 2
+    assert shapes(clip_by_norm(ema_ratio(1.05, rearm=50)), tree) == [(3,)] * 3
     assert shapes(clip_by_norm(zscore(2.5), scope="unit"), tree) == [(1,)] * 4 + [(1, 2)] * 8
 
 

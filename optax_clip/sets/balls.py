@@ -239,10 +239,10 @@ def _plan(norm: Norm, n: Any, low: Array, high: Array, *, sphere: bool) -> _Plan
 
 
 def _by_norm(
-    bounds: NormBounds, params: optax.Params, memory: Any, again: optax.Params = None,
+    bounds: NormBounds, params: optax.Params, memory: Any,
     *, lower: str = "", upper: str = "radius", sphere: bool = False,
 ) -> Move:  # fmt: skip
-    """Rescale each scope whose norm is outside [lower, upper]; the product may be ``again`` the params."""
+    """Rescale each scope whose norm is outside [lower, upper]."""
     scopes, xs, norms = bounds.cut(params)
     roots = [norm.root for norm in norms]
     highs = bounds.read(upper, scopes, xs, roots, memory)
@@ -252,8 +252,7 @@ def _by_norm(
     each = zip(norms, scopes.counts, lows, highs, strict=True)
     plans = [_plan(*those, sphere=sphere) for those in each]
     columns = [scopes.per_leaf(list(column)) for column in zip(*plans, strict=True)][:4]
-    ys = xs if again is None else scopes.leaves_of(again)
-    new = [_move(y, *factors, sphere=sphere) for y, *factors in zip(ys, *columns, strict=True)]
+    new = [_move(x, *factors, sphere=sphere) for x, *factors in zip(xs, *columns, strict=True)]
     report = moved_by(scopes, [plan.gap for plan in plans], [plan.move for plan in plans])
     return Move(scopes.rebuild(params, new), memory, report)
 
@@ -269,9 +268,8 @@ def _move(x: Array, move: Array, over: Array, first: Array, second: Array, *, sp
     return lax.select(broadcast_like(move, x), moved, x)
 
 
-def _max_ball(bounds: NormBounds, params: optax.Params, memory: Any, again: Any = None) -> Move:
+def _max_ball(bounds: NormBounds, params: optax.Params, memory: Any) -> Move:
     """Each entry within the largest one that its scope had at the start."""
-    del again
     scopes, xs, norms = bounds.cut(params)
     highs = bounds.read("radius", scopes, xs, [norm.root for norm in norms], memory)
     highs = [jnp.where(bounds.free("radius", high), jnp.inf, high) for high in highs]

@@ -180,8 +180,7 @@ def _entrywise(bounds: Callable[..., Bounded], axis_name: AxisName) -> Constrain
     def excess(params: optax.Params) -> Array:
         return largest(outside(params), axis_name)
 
-    def move(params: optax.Params, memory: Any, again: Any = None) -> Move:
-        del again
+    def move(params: optax.Params, memory: Any) -> Move:
         return Move(nearest(params, memory), memory)
 
     return Constraint(nearest, excess, move=move, outside=outside, axis_name=axis_name)

@@ -46,8 +46,7 @@ class Constraint(NamedTuple):
         shrinks: on which side of its target an update ends up that misses it by a rounding. True: nearer
             to 0, for sets that stay sets when entries shrink. False: further inside. None: on either,
             for sets without an inside, like a sphere.
-        move: ``(params, memory, again) -> Move`` for a set that remembers or knows how far it moves;
-            ``again`` are the same weights, for a second read.
+        move: ``(params, memory) -> Move`` for a set that remembers or knows how far it moves.
         init: ``params -> memory``, what `project_weights` keeps for a set that remembers.
         outside: ``(tree, memory) -> list``, how far each entry is outside, for a set that bounds each on
             its own.
@@ -69,7 +68,7 @@ class Constraint(NamedTuple):
     nearest: Callable[[optax.Params], optax.Params]
     excess: Callable[[optax.Params], Array]
     shrinks: bool | None = False
-    move: Callable[..., Move] | None = None
+    move: Callable[[optax.Params, Any], Move] | None = None
     init: Callable[[optax.Params], Any] | None = None
     outside: Callable[[optax.Params, Any], list[Array]] | None = None
     axis_name: AxisName = None

@@ -73,8 +73,7 @@ def simplex(total: Setting = 1.0, *, scope: Scope = "leaf", axis_name: AxisName 
         totals = _settings.per_scope(scopes, xs, sums, total=total)
         return scopes, xs, _Sums(wide, sums, lowest, highest, totals)
 
-    def move(params: optax.Params, memory: Any, again: Any = None) -> Move:
-        del again
+    def move(params: optax.Params, memory: Any) -> Move:
         scopes, xs, found = read(params)
         keeps = [_is_on(*each) for each in zip(*found[1:], scopes.counts, strict=True)]
         new = soft_threshold(_Cut(scopes, _as_it_is), found.terms, found.totals)
@@ -111,9 +110,8 @@ def _unless(keep: Array, x: Array, moved: Array) -> Array:
     return lax.select(broadcast_like(keep, x), straight_through(x, moved), moved)
 
 
-def l1_ball(bounds: NormBounds, params: optax.Params, memory: Any, again: Any = None) -> Move:
+def l1_ball(bounds: NormBounds, params: optax.Params, memory: Any) -> Move:
     """The projection onto the ball of order 1: the absolute values onto a simplex, where outside."""
-    del again
     scopes, xs, norms = bounds.cut(params)
     radii = bounds.read("radius", scopes, xs, [norm.root for norm in norms], memory)
     overs, totals = [], []

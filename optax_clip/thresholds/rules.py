@@ -1,22 +1,24 @@
-"""The rules: pure pairs over an array of norms of any shape, one statistic an entry."""
+"""Rules of little memory: pure pairs over an array of norms of any shape, one statistic an entry."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from optax_clip import _validate
-from optax_clip._numerics import as_dtype
 from optax_clip._records import increment
+from optax_clip._values import value_object
 from optax_clip.thresholds.engine import ThresholdRule
+from optax_clip.thresholds.memory import count, counts, number, select, usable
 
-__all__ = ["ema_ratio", "relative_to_params", "running_quantile", "window_quantile", "zscore"]
+__all__ = ["ema_ratio", "relative_to_params", "running_quantile", "zscore"]
+
+Memory = dict[str, Array]
 
 
+@value_object
 def relative_to_params(ratio: ArrayLike, *, eps: ArrayLike = 1e-3) -> ThresholdRule:
     r"""A limit relative to the norm of the weights in the same scope: no update outgrows its weights.
 
@@ -48,99 +50,18 @@ def relative_to_params(ratio: ArrayLike, *, eps: ArrayLike = 1e-3) -> ThresholdR
     """
     _validate.at_least(0, ratio=ratio, eps=eps)
 
-    def update(norms: Array, state: Any, lengths: Array | None, total: Array) -> tuple[Array, Any]:
-        if lengths is None:
+    def update(
+        norms: Array, state: Memory, param_norms: Array | None, total: Array
+    ) -> tuple[Array, Memory]:
+        if param_norms is None:
             raise ValueError("Expected params in update of relative_to_params, got params=None.")
-        return _f32(ratio) * jnp.maximum(lengths, _f32(eps)), state
+        least = jnp.maximum(param_norms, number(eps, param_norms))
+        return (number(ratio, param_norms) * least).astype(norms.dtype), state
 
-    return ThresholdRule(lambda norms: (), update)
-
-
-class _Window(NamedTuple):
-    seen: Array
-    norms: Array
+    return ThresholdRule(lambda norms: {}, update)
 
 
-def window_quantile(q: ArrayLike, *, window: int | None = None, warmup: ArrayLike = 0) -> ThresholdRule:
-    r"""A limit at a quantile of the last norms, the present one included.
-
-    .. math:: C_t = Q_q(n_{t-k+1}, \dots, n_t), \quad k = \min(t, \text{window})
-
-    with linear interpolation, as `numpy.quantile`.
-
-    Args:
-        q: the quantile, from 0 to 1.
-        window: how many norms to remember; None for 1000. Static.
-        warmup: for how many norms, at first, there is no limit.
-
-    Returns:
-        A `ThresholdRule` that keeps ``window`` float32 numbers a scope and sorts them each step; for
-        many scopes `running_quantile` is the cheap one. It follows a lasting change of level within
-        ``window`` steps. Norms that are not finite, or 0, are not taken in: a unit whose gradient is
-        mostly 0 would have the limit 0.
-
-    Raises:
-        ValueError: for q outside [0, 1], ``window < 1``, a traced window, a negative warm-up.
-        TypeError: for an argument of another type.
-
-    Examples:
-        >>> import jax.numpy as jnp
-        >>> from optax_clip import window_quantile
-        >>> rule = window_quantile(0.5, window=3)
-        >>> state = rule.init(jnp.zeros(()))
-        >>> for norm in (1.0, 2.0, 9.0, 4.0):
-        ...     limit, state = rule.update(jnp.array(norm), state, None, jnp.array(norm))
-        ...     print(limit)
-        1.0
-        1.5
-        2.0
-        4.0
-
-    References:
-        Seetharaman, Wichern, Pardo, Le Roux, 2020, https://arxiv.org/abs/2007.14469
-    """
-    _validate.between(0, 1, q=q)
-    size = 1000 if window is None else window
-    _validate.static(window=size)
-    _validate.integer(1, window=size)
-    _validate.integer(0, warmup=warmup)
-    # A product of the coarse part with a count below 4096 is exact in float32.
-    exact: Any = q if isinstance(q, jax.Array) else np.asarray(q).item()
-    coarse = round(exact * 4096, 0) / 4096
-    fine = exact - coarse
-
-    def init(norms: Array) -> _Window:
-        return _Window(_counts(norms), jnp.full((size, *norms.shape), jnp.inf, jnp.float32))
-
-    def update(norms: Array, state: _Window, *_: Any) -> tuple[Array, _Window]:
-        told = _tells(norms)
-        shifted = jnp.concatenate([state.norms[1:], norms[None]])
-        last = jnp.where(told[None], shifted, state.norms)
-        seen = increment(state.seen, told)
-        newest = jnp.clip(seen, 1, size) - 1
-        # The position newest * q, its fraction apart from the whole part, so that it keeps its bits.
-        steps = newest.astype(jnp.float32)
-        whole = jnp.floor(steps * _f32(coarse))
-        rest = steps * _f32(coarse) - whole + steps * _f32(fine)
-        below = jnp.clip(whole + jnp.floor(rest), 0).astype(jnp.int32)
-        share = rest - jnp.floor(rest)
-        ordered = jnp.sort(last, axis=0)
-        low, high = (
-            jnp.take_along_axis(ordered, jnp.minimum(i, newest)[None], axis=0)[0]
-            for i in (below, below + 1)
-        )
-        limits = jnp.where(share > 0, low + (high - low) * share, low)
-        return jnp.where(seen <= jnp.asarray(warmup), jnp.inf, limits), _Window(seen, last)
-
-    return ThresholdRule(init, update)
-
-
-class _Level(NamedTuple):
-    seen: Array
-    level: Array
-    streak: Array
-
-
+@value_object
 def running_quantile(
     q: ArrayLike, *, rate: ArrayLike = 0.01, warmup: ArrayLike = 10, rearm: ArrayLike = 50
 ) -> ThresholdRule:
@@ -190,36 +111,36 @@ def running_quantile(
     _validate.integer(0, warmup=warmup)
     _validate.integer(1, rearm=rearm)
 
-    def init(norms: Array) -> _Level:
-        return _Level(_counts(norms), jnp.ones_like(norms), _counts(norms))
+    def init(norms: Array) -> Memory:
+        return {"seen": counts(norms), "level": jnp.zeros_like(norms), "streak": counts(norms)}
 
-    def update(norms: Array, state: _Level, *_: Any) -> tuple[Array, _Level]:
-        told = _tells(norms)
-        seen = increment(state.seen, told)
-        warming = state.seen < jnp.maximum(jnp.asarray(warmup), 1)
-        limits = jnp.where(warming, jnp.inf, state.level)
-        over = told & (norms > limits)
-        streak = jnp.where(over, state.streak + 1, 0)
+    def update(norms: Array, state: Memory, *_: Any) -> tuple[Array, Memory]:
+        known = usable(norms)
+        seen = increment(state["seen"], known)
+        warming = state["seen"] < jnp.maximum(count(warmup), 1)
+        level = jnp.where(state["seen"] > 0, state["level"], jnp.where(known, norms, 1))
+        limits = jnp.where(warming, jnp.inf, level)
+        over = known & (norms > limits)
+        streak = jnp.where(over, increment(state["streak"]), 0)
         # ln 1e-6 / ln(1 - q): inf at q = 0, where every step may be clipped, and 0 at q = 1.
-        patience = jnp.maximum(_f32(rearm), math.log(1e-6) / jnp.log1p(-_f32(q)))
-        lost = over & (streak.astype(jnp.float32) >= patience)
-        wanted = (jnp.log(jnp.where(told, norms, 1)) - jnp.log(state.level)) * (1 / seen.clip(1))
-        step = jnp.where(warming, wanted, _f32(rate) * (_f32(q) - (~over).astype(jnp.float32)))
-        info = jnp.finfo(jnp.float32)
-        moved = jnp.clip(state.level * jnp.exp(step), info.smallest_normal, info.max)
-        new = _Level(seen, jnp.where(lost, norms, moved), jnp.where(lost, 0, streak))
-        return limits, _where(told, new, state)
+        patience = jnp.maximum(number(rearm, norms), math.log(1e-6) / jnp.log1p(-number(q, norms)))
+        lost = over & (streak.astype(norms.dtype) >= patience)
+        to_mean = (jnp.log(jnp.where(known, norms, 1)) - jnp.log(level)) / _at_least_one(seen, norms)
+        balance = number(rate, norms) * (number(q, norms) - (~over).astype(norms.dtype))
+        info = jnp.finfo(norms.dtype)
+        moved = level * jnp.exp(jnp.where(warming, to_mean, balance))
+        moved = jnp.clip(moved, info.smallest_normal, info.max)
+        new = {
+            "seen": seen,
+            "level": jnp.where(lost, norms, moved),
+            "streak": jnp.where(lost, 0, streak),
+        }
+        return limits, select(known, new, state)
 
     return ThresholdRule(init, update)
 
 
-class _Spread(NamedTuple):
-    seen: Array
-    mean: Array
-    std: Array
-    streak: Array
-
-
+@value_object
 def zscore(
     z: ArrayLike,
     *,
@@ -278,51 +199,45 @@ def zscore(
     _validate.integer(1, rearm=rearm)
     if max_norm is not None:
         _validate.at_least(0, max_norm=max_norm)
-    cap = jnp.inf if max_norm is None else jnp.maximum(_f32(max_norm), 0)
+    cap: ArrayLike = jnp.inf if max_norm is None else max_norm
 
-    def init(norms: Array) -> _Spread:
-        return _Spread(_counts(norms), jnp.zeros_like(norms), jnp.zeros_like(norms), _counts(norms))
+    def init(norms: Array) -> Memory:
+        # Two arrays, not one twice: a state may be donated.
+        mean, std = jnp.zeros_like(norms), jnp.zeros_like(norms)
+        return {"seen": counts(norms), "mean": mean, "std": std, "streak": counts(norms)}
 
-    def update(norms: Array, state: _Spread, *_: Any) -> tuple[Array, _Spread]:
-        told = _tells(norms)
-        seen = increment(state.seen, told)
-        mean, std = state.mean, state.std
-        warming = state.seen < jnp.maximum(jnp.asarray(warmup), 1)
-        highest = mean + _f32(z) * (std + 1e-6)
-        spike = told & ~warming & (norms > highest)
-        score = jnp.where(spike, norms - mean, 1) / (std + 1e-6)
-        limits = jnp.where(
-            spike, mean + _f32(z) ** 2 / score * std, jnp.where(warming, jnp.inf, highest)
-        )
-        x = jnp.where(spike & (state.streak < jnp.asarray(rearm)), limits, norms)
-        # Welford's update in warm-up, the running one after it; a deviation, unlike a variance, stays
-        # in range for every norm.
-        weight = jnp.where(warming, 1 / seen.clip(1), 1 - _f32(decay))
-        share = jnp.sqrt(weight) * jnp.where(warming, jnp.sqrt(1 - weight), 1 - weight)
-        new = _Spread(
-            seen,
-            mean + weight * (x - mean),
-            _hypot(jnp.sqrt(1 - weight) * std, share * (x - mean)),
-            jnp.where(spike, increment(state.streak), 0),
-        )
-        return jnp.minimum(limits, cap), _where(told, new, state)
+    def update(norms: Array, state: Memory, *_: Any) -> tuple[Array, Memory]:
+        known = usable(norms)
+        seen = increment(state["seen"], known)
+        mean, std = state["mean"], state["std"]
+        warming = state["seen"] < jnp.maximum(count(warmup), 1)
+        highest = mean + number(z, norms) * (std + 1e-6)
+        spike = known & ~warming & (norms > highest)
+        cut = mean + number(z, norms) ** 2 * ((std + 1e-6) / jnp.where(spike, norms - mean, 1)) * std
+        limits = jnp.where(spike, cut, jnp.where(warming, jnp.inf, highest))
+        x = jnp.where(spike & (state["streak"] < count(rearm)), limits, norms)
+        weight = jnp.where(warming, 1 / _at_least_one(seen, norms), 1 - number(decay, norms))
+        # Welford's update in warm-up, the running one after it.
+        share = jnp.where(warming, jnp.sqrt(1 - weight), 1 - weight) * jnp.sqrt(weight)
+        new = {
+            "seen": seen,
+            "mean": mean + weight * (x - mean),
+            "std": _hypot(jnp.sqrt(1 - weight) * std, share * (x - mean)),
+            "streak": jnp.where(spike, increment(state["streak"]), 0),
+        }
+        return jnp.minimum(limits, jnp.maximum(number(cap, norms), 0)), select(known, new, state)
 
     return ThresholdRule(init, update)
 
 
-class _Running(NamedTuple):
-    seen: Array
-    gamma: Array
-    streak: Array
-
-
+@value_object
 def ema_ratio(
     ratio: ArrayLike,
     *,
     decay: ArrayLike = 0.98,
     warmup: ArrayLike = 100,
     max_norm: ArrayLike = 1.0,
-    rearm: ArrayLike = 50,
+    rearm: ArrayLike | None = None,
 ) -> ThresholdRule:
     r"""A limit at a multiple of the running mean of the clipped norms.
 
@@ -336,7 +251,8 @@ def ema_ratio(
         decay: the decay b of γ, in [0, 1).
         warmup: the step from which on the limit is λγ.
         max_norm: the limit >= 0 on the norm of the whole tree in warm-up.
-        rearm: after so many clipped steps in a row γ is set to the true norm.
+        rearm: after so many clipped steps in a row γ is set to the true norm. None for never, as in the
+            paper, where γ grows by the factor 1 + (1 - b)(λ - 1) a step at most.
 
     Returns:
         A `ThresholdRule`. A norm that is not finite is not taken in, nor is one of 0, which would make γ
@@ -354,7 +270,7 @@ def ema_ratio(
         >>> state = rule.init(jnp.zeros(()))
         >>> for norm in (4.0, 9.0, 2.0):
         ...     limit, state = rule.update(jnp.array(norm), state, None, jnp.array(norm))
-        ...     print(limit, state.gamma)
+        ...     print(limit, state["gamma"])
         2.0 2.0
         3.0 2.5
         3.75 2.25
@@ -365,48 +281,47 @@ def ema_ratio(
     _validate.at_least(0, ratio=ratio, max_norm=max_norm)
     _validate.in_unit_interval(decay=decay)
     _validate.integer(0, warmup=warmup)
-    _validate.integer(1, rearm=rearm)
+    if rearm is not None:
+        _validate.integer(1, rearm=rearm)
 
-    def init(norms: Array) -> _Running:
-        return _Running(_counts(norms), jnp.full_like(norms, jnp.inf), _counts(norms))
+    def init(norms: Array) -> Memory:
+        streak = {} if rearm is None else {"streak": counts(norms)}
+        return {"seen": counts(norms), "gamma": jnp.zeros_like(norms), **streak}
 
-    def update(norms: Array, state: _Running, lengths: Any, total: Array) -> tuple[Array, _Running]:
-        told = _tells(norms)
-        seen = increment(state.seen, jnp.isfinite(norms))
-        gamma = state.gamma
-        warming = (seen < jnp.asarray(warmup)) | jnp.isinf(gamma)
-        whole = jnp.broadcast_to(total, norms.shape)
-        too_long = told & (whole > _f32(max_norm))
-        # The share of the whole first: max_norm / whole may be too small for a float32.
-        common = jnp.maximum(_f32(max_norm), 0) * (norms / jnp.where(too_long, whole, 1))
-        limits = jnp.where(warming, jnp.where(too_long, common, jnp.inf), _f32(ratio) * gamma)
-        over = told & ~warming & (norms > limits)
-        streak = jnp.where(over, state.streak + 1, 0)
-        lost = streak >= jnp.asarray(rearm)
+    def update(
+        norms: Array, state: Memory, param_norms: Array | None, total: Array
+    ) -> tuple[Array, Memory]:
+        known = usable(norms)
+        seen = increment(state["seen"], jnp.isfinite(norms))
+        gamma = state["gamma"]
+        warming = (seen < count(warmup)) | (gamma == 0)
+        common = _global_limits(norms, total, max_norm)
+        limits = jnp.where(warming, common, number(ratio, norms) * gamma)
         x = jnp.minimum(norms, limits)
-        mixed = _f32(decay) * gamma + (1 - _f32(decay)) * x
-        taken = jnp.where(warming, jnp.minimum(gamma, x), jnp.where(lost, norms, mixed))
-        new = _Running(seen, taken, jnp.where(lost, 0, streak))
-        return limits, _where(told & (x > 0), new, state)._replace(seen=seen)
+        lowest = jnp.where(gamma > 0, jnp.minimum(gamma, x), x)
+        mean = number(decay, norms) * gamma + (1 - number(decay, norms)) * x
+        new = {"gamma": jnp.where(warming, lowest, mean)}
+        if rearm is not None:
+            streak = jnp.where(~warming & (norms > limits), increment(state["streak"]), 0)
+            lost = streak >= count(rearm)
+            new = {"gamma": jnp.where(lost, norms, new["gamma"]), "streak": jnp.where(lost, 0, streak)}
+        old = {key: state[key] for key in new}
+        return limits, {"seen": seen, **select(known & (x > 0), new, old)}
 
     return ThresholdRule(init, update)
 
 
-def _f32(x: ArrayLike) -> Array:
-    return as_dtype(x, jnp.float32)
+def _global_limits(norms: Array, total: Array, max_norm: ArrayLike) -> Array:
+    """The norm of each entry once the whole tree is clipped to ``max_norm``; inf if it is not."""
+    whole = jnp.broadcast_to(total, norms.shape)
+    over = usable(norms) & (whole > number(max_norm, norms))
+    # The share of the whole first: max_norm / whole may be too small for a float32.
+    common = jnp.maximum(number(max_norm, norms), 0) * (norms / jnp.where(over, whole, 1))
+    return jnp.where(over, common, jnp.inf)
 
 
-def _counts(norms: Array) -> Array:
-    return jnp.zeros_like(norms, jnp.int32)
-
-
-def _tells(norms: Array) -> Array:
-    """Is there a norm to learn from? A zero one says that nothing came through."""
-    return jnp.isfinite(norms) & (norms > 0)
-
-
-def _where(told: Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda x, y: jnp.where(told, x, y), new, old)
+def _at_least_one(seen: Array, norms: Array) -> Array:
+    return jnp.maximum(seen, 1).astype(norms.dtype)
 
 
 def _hypot(x: Array, y: Array) -> Array:
