@@ -8,7 +8,7 @@ import pytest
 PACKAGE = "optax_clip"
 ROOT = Path(__file__).parents[1] / PACKAGE
 
-SHARED = ["_validate", "_numerics", "_trees", "_records", "norms"]
+SHARED = ["_validate", "_numerics", "_matrices", "_trees", "_records", "norms"]
 GRADIENTS = [*SHARED, "thresholds", "clipping", "adaptive"]
 WEIGHTS = [*SHARED, "sets", "projection"]
 SIDES = {*GRADIENTS, *WEIGHTS}
@@ -72,4 +72,4 @@ def test_the_reader_sees_every_form(source, rooms):
 def test_the_sides_are_apart():
     assert not BELOW["projection"] & {"thresholds", "clipping", "adaptive"}
     assert not BELOW["adaptive"] & {"sets", "projection", "recording"}
-    assert BELOW["norms"] == {"_validate", "_numerics", "_records", "_trees"}
+    assert BELOW["norms"] == {"_validate", "_numerics", "_matrices", "_records", "_trees"}
