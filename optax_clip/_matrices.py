@@ -51,12 +51,17 @@ class _Split(NamedTuple):
 
     @classmethod
     def of(cls, x: Array) -> "_Split":
-        """Each axis of the mesh goes to the first dimension that it divides."""
-        mesh = jax.typeof(x).sharding.mesh
+        """Each axis of the mesh goes to the first dimension that it divides.
+
+        On an Explicit mesh that is each axis that splits the matrix, on an Auto one each axis at all, as
+        the types do not tell.
+        """
+        mesh, spec = jax.typeof(x).sharding.mesh, jax.typeof(x).sharding.spec
         kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-        wanted = AxisType.Explicit if AxisType.Explicit in kinds.values() else AxisType.Auto
+        used = {name for part in spec if part for name in ((part,) if isinstance(part, str) else part)}
+        explicit = AxisType.Explicit in kinds.values()
         sizes, taken = [*x.shape[:-2], math.gcd(*x.shape[-2:])], [()] * (x.ndim - 1)
-        for name in (name for name, kind in kinds.items() if kind == wanted):
+        for name in (n for n, kind in kinds.items() if (n in used if explicit else kind == AxisType.Auto)):
             for i, size in enumerate(sizes):
                 if size % mesh.shape[name] == 0:
                     sizes[i], taken[i] = size // mesh.shape[name], (*taken[i], name)
@@ -177,16 +182,17 @@ _SIGNS = {"polar": _msign, "eigh": _eigenvalue_signs}
 # --- Capped singular values ----------------------------------------------------------------------------
 
 
-def default_method(platform: str) -> Method:
-    """The faster one of the methods: LAPACK's on CPU, products elsewhere."""
-    return "eigh" if platform == "cpu" else "polar"
+def default_method(platform: str, side: int) -> Method:
+    """The faster one of the methods: on CPU LAPACK's for a smaller side above 64, else products."""
+    return "eigh" if platform == "cpu" and side > 64 else "polar"
 
 
-def _by_platform(compute: Callable[..., Any], method: Method | None, *arrays: Array) -> Any:
-    if method is not None:
-        return compute(*arrays, method=method)
-    ways = {p: functools.partial(compute, method=default_method(p)) for p in ("cpu", "default")}
-    return lax.platform_dependent(*arrays, **ways)
+def _by_platform(compute: Callable[..., Any], method: Method | None, x: Array, *others: Array) -> Any:
+    methods = {p: method or default_method(p, min(x.shape[-2:])) for p in ("cpu", "default")}
+    if methods["cpu"] == methods["default"]:
+        return compute(x, *others, method=methods["default"])
+    ways = {p: functools.partial(compute, method=way) for p, way in methods.items()}
+    return lax.platform_dependent(x, *others, **ways)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "landing"))
@@ -222,7 +228,7 @@ def _capped(x: Array, limit: Array, *, method: Method, landing: bool) -> Array:
     aim, least = _aim(limit, peak, x.dtype) if landing else (limit, limit)
     new, reaches = _cap(split, y, aim, peak, method)
     move = _over_matrix(finite & (reaches > least))
-    capped = _placed_like(back(new), x)
+    capped = _placed_like(split.by_rows(back(new)), x)
     return jnp.where(move, capped.astype(x.dtype), x)
 
 
@@ -242,6 +248,9 @@ class _Pass(NamedTuple):
     bound: Array  # on the largest singular value of value
     unit: Array
     change: Array
+    outside: Array  # the projector on what lay outside in the last pass
+    beyond: Array  # of which that was the positive part
+    ends: Array
 
 
 def _cap(
@@ -252,32 +261,34 @@ def _cap(
     ratio, most = lax.stop_gradient(limit) / unit, 2 * math.sqrt(math.prod(y.shape[-2:]))
     goal = jnp.clip(ratio, 2.0**-100, most)
     value = scale(start, _over_matrix(1 / unit))
-    now = _Pass(value, goal, _bound(split, value), unit, jnp.zeros_like(split.inner(value, value)))
-    now = lax.while_loop(
-        lambda now: jnp.any(now.bound > _NEAR * now.goal),
-        functools.partial(_nearer, split, method),
-        now,
-    )
-    change, sign, outside = _change(split, method, now, now.goal, 5)
-    reached = _largest_outside(split, start, sign, outside, unit=power_of_two(peak))
-    value = now.value + split.product(now.value, change)
-    total = now.change + change + split.product(now.change, change)
-    down = jnp.minimum(ratio / goal, 1)
-    new = scale(value, _over_matrix(now.unit), _over_matrix(down))
+    bound, none = _bound(split, value), jnp.zeros_like(split.inner(value, value))
+    first = _Pass(value, goal, bound, unit, none, none, none, jnp.any(bound < 0))
+    last = lax.while_loop(lambda now: ~now.ends, functools.partial(_nearer, split, method), first)
+    reached = _largest_outside(split, scale(start, _over_matrix(1 / unit)), last) * unit
+    new = scale(last.value, _over_matrix(last.unit), _over_matrix(jnp.minimum(ratio / goal, 1)))
     # Derivatives take the singular vectors as constants: linear in the matrix, and in the limit.
-    linear = y + split.product(y, lax.stop_gradient(total))
-    edge = lax.stop_gradient(split.product(new, (sign + _identity(sign)) / 2))
+    linear = y + split.product(y, last.change)
     safe = jnp.where(limit > 0, limit, 1)
     growth = _over_matrix(safe / lax.stop_gradient(safe) - 1)
-    return as_if(lax.stop_gradient(new), linear + edge * growth.astype(edge.dtype)), reached
+    edge = split.product(new, last.outside)
+    return as_if(new, linear + edge * growth.astype(edge.dtype)), reached
 
 
 def _nearer(split: _Split, method: Method, now: _Pass) -> _Pass:
-    """A pass from far outside: capped at 1/64 of the bound or twice the goal, coarsely."""
-    cap = jnp.maximum(2 * now.goal, now.bound / _FAR)
+    """Cap at the goal, or from far outside first at twice the goal, or 1/64 of the bound."""
     far = now.bound > _NEAR * now.goal
-    change, *_ = _change(split, method, now, cap, 6)
-    change = jnp.where(_over_matrix(far), change, 0)
+    ends = ~jnp.any(far)
+    cap = jnp.where(far, jnp.maximum(2 * now.goal, now.bound / _FAR), now.goal)
+    gram = split.inner(now.value, now.value)
+    square = _over_matrix(cap * cap)
+    beyond = gram - scale(_identity(gram), square)
+    size = 1.01 * jnp.maximum(now.bound**2 - cap**2, cap**2)
+    sign = _SIGNS[method](split, scale(beyond, _over_matrix(1 / size)))
+    outside = (sign + _identity(sign)) / 2
+    part = split.product(beyond, outside)
+    excess = scale((part + split.by_rows(_adjoint(part))) / 2, 1 / square)
+    change = _inverse_root(split, excess, jnp.maximum(now.bound / cap, 1.01))
+    change = jnp.where(_over_matrix(far | ends), change, 0)
     unit = jnp.where(far, power_of_two(cap), 1)
     value = now.value + split.product(now.value, change)
     return _Pass(
@@ -286,49 +297,52 @@ def _nearer(split: _Split, method: Method, now: _Pass) -> _Pass:
         jnp.where(far, 1.2 * cap, now.bound) / unit,
         now.unit * unit,
         now.change + change + split.product(now.change, change),
+        outside,
+        beyond,
+        ends,
     )
 
 
-def _change(
-    split: _Split, method: Method, now: _Pass, cap: Array, steps: int
-) -> tuple[Array, Array, Array]:
-    """D for which ``value (I + D)`` is capped; the sign, and the matrix that it is the sign of."""
-    gram = split.inner(now.value, now.value)
-    square = _over_matrix(cap * cap)
-    outside = gram - (square * _identity(gram)).astype(gram.dtype)
-    size = 1.01 * jnp.maximum(now.bound**2 - cap**2, cap**2)
-    sign = _SIGNS[method](split, scale(outside, _over_matrix(1 / size)))
-    part = split.product(outside, (sign + _identity(sign)) / 2)
-    excess = scale((part + _adjoint(part)) / 2, 1 / square)
-    return _inverse_root(split, excess, jnp.maximum(now.bound / cap, 1.01), steps), sign, outside
-
-
-def _inverse_root(split: _Split, excess: Array, top: Array, steps: int) -> Array:
+def _inverse_root(split: _Split, excess: Array, top: Array) -> Array:
     """``(I + E)^(-1/2) - I`` for ``0 <= E <= top^2 - 1``, by Newton and Schulz' iteration.
 
     Each step takes singular values s in [1, top] to ``s (1 - a (s^2 - 1))``, and with this a none below 1.
     """
-    root, left = jnp.zeros_like(excess), excess
-    for _ in range(steps):
+
+    def step(carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        root, left, top, _ = carry
         a = 1 / (top * (top + 1))
-        top = (2 / 3) * (1 + a) * jnp.sqrt((1 + a) / (3 * a))
         move = scale(left, _over_matrix(-a))
-        root = root + move + split.product(root, move)
         twice = 2 * move + split.product(move, move)
-        left = left + twice + split.product(left, twice)
+        new = root + move + split.product(root, move), left + twice + split.product(left, twice)
+        return *new, (2 / 3) * (1 + a) * jnp.sqrt((1 + a) / (3 * a)), top
+
+    # Convergence is quadratic, so it ends after a step from within half the digits.
+    enough = 1 + math.sqrt(jnp.finfo(top.dtype).eps) / 2
+    start = jnp.zeros_like(excess), excess, top, 2 * top
+    root: Array = lax.while_loop(lambda carry: jnp.any(carry[-1] > enough), step, start)[0]
     return root
 
 
-def _largest_outside(split: _Split, y: Array, sign: Array, outside: Array, *, unit: Array) -> Array:
-    """How far ``|y v| / |v|`` reaches for v among what lies outside: never above the largest value."""
-    part = (sign + _identity(sign)) / 2
-    lengths = jnp.sum(jnp.where(_identity(part) == 1, part.real, 0), axis=-2)
-    first = jnp.arange(part.shape[-1]) == jnp.argmax(lengths, axis=-1, keepdims=True)
-    vector = split.by_rows(first[..., None].astype(part.dtype))
-    for matrix in (part, *(part, outside, part) * 4):
-        vector = _normalized(split.inner(matrix, vector))
-    image = split.product(scale(y, _over_matrix(1 / unit)), vector)
-    return jnp.sqrt(jnp.sum(jnp.abs(image) ** 2, axis=(-2, -1))) * unit
+def _largest_outside(split: _Split, y: Array, last: _Pass) -> Array:
+    """How far ``|y v| / |v|`` reaches for v among what lay outside: never above the largest value."""
+    part = last.outside
+    vector = _column(split, part, jnp.sum(jnp.where(_identity(part) == 1, part.real, 0), axis=-2))
+
+    def step(_: int, vector: Array) -> Array:
+        for matrix in (part, last.beyond, part):
+            vector = _normalized(split.inner(matrix, vector))
+        return vector
+
+    image = split.product(y, lax.fori_loop(0, 4, step, vector))
+    return jnp.sqrt(jnp.sum(jnp.abs(image) ** 2, axis=(-2, -1)))
+
+
+def _column(split: _Split, x: Array, lengths: Array) -> Array:
+    """The column of a Hermitian matrix where a length is largest, normalized."""
+    places = lax.broadcasted_iota(jnp.int32, lengths.shape, lengths.ndim - 1)
+    chosen = places == jnp.argmax(lengths, axis=-1, keepdims=True).astype(jnp.int32)
+    return _normalized(split.inner(x, split.by_rows(chosen[..., None].astype(x.dtype))))
 
 
 def _normalized(vector: Array) -> Array:
@@ -366,9 +380,7 @@ def _largest(x: Array, *, method: Method) -> Array:
         return scale(power, _over_matrix(1 / power_of_two(_largest_entry(power)))), None
 
     power = lax.scan(square, gram, None, length=20)[0]
-    lengths = jnp.sum(jnp.abs(power) ** 2, axis=-2)
-    first = jnp.arange(power.shape[-1]) == jnp.argmax(lengths, axis=-1, keepdims=True)
-    vector = _normalized(split.inner(power, split.by_rows(first[..., None].astype(power.dtype))))
+    vector = _column(split, power, jnp.sum(jnp.abs(power) ** 2, axis=-2))
     return jnp.sqrt(jnp.sum(jnp.abs(split.product(y, vector)) ** 2, axis=(-2, -1))) * unit
 
 
