@@ -33,6 +33,7 @@ from optax_clip.sets import norm_ball as norm_ball
 from optax_clip.sets import norm_shell as norm_shell
 from optax_clip.sets import norm_sphere as norm_sphere
 from optax_clip.sets import simplex as simplex
+from optax_clip.sets import spectral_ball as spectral_ball
 from optax_clip.skipping import skip_spikes as skip_spikes
 from optax_clip.thresholds import ThresholdRule as ThresholdRule
 from optax_clip.thresholds import ema_ratio as ema_ratio
@@ -75,6 +76,7 @@ __all__ = [
     "running_quantile",
     "simplex",
     "skip_spikes",
+    "spectral_ball",
     "tree_norms",
     "violation",
     "where",

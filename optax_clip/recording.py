@@ -38,13 +38,13 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
         >>> _, state = tx.update(jnp.array([3.0, 4.0]), tx.init(params), params)
         >>> for key, value in metrics(state).items():
         ...     print(key, value)
-        clip/fraction 1.0
-        clip/norm_after 1.0
         clip/norm_before 5.0
+        clip/norm_after 1.0
+        clip/threshold 1.0
+        clip/fraction 1.0
         clip/steps 1
         clip/steps_clipped 1
         clip/steps_nonfinite 0
-        clip/threshold 1.0
     """
     if any(callable(x) for x in jax.tree.leaves(opt_state)):
         raise TypeError(f"Expected opt_state to be the state of a transform, got opt_state={opt_state!r}.")
@@ -62,7 +62,8 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
         for name, values in record.items():
             free = _free(name, taken, {*names})
             taken.add(free)
-            found |= {f"{free}/{key}": value for key, value in values.items()}
+            counters_last = sorted(values, key=lambda key: key.rsplit("/", 1)[-1].startswith("steps"))
+            found |= {f"{free}/{key}": values[key] for key in counters_last}
     return found
 
 

@@ -9,7 +9,7 @@ from optax_clip.sets.boxes import non_negative as non_negative
 from optax_clip.sets.constraint import Constraint as Constraint
 from optax_clip.sets.constraint import initial as initial
 from optax_clip.sets.simplexes import simplex as simplex
-# TEMP from optax_clip.sets.spectral import spectral_ball as spectral_ball
+from optax_clip.sets.spectral import spectral_ball as spectral_ball
 
 __all__ = [
     "Constraint",
@@ -21,4 +21,5 @@ __all__ = [
     "norm_shell",
     "norm_sphere",
     "simplex",
+    "spectral_ball",
 ]

@@ -21,6 +21,7 @@ from optax_clip._numerics import (
     widen,
 )
 from optax_clip._settings import Initial, Setting
+from optax_clip._values import value_object
 from optax_clip._validate import AxisName, Ord, Scope
 from optax_clip.norms import Norm
 from optax_clip.sets.boxes import box
@@ -38,6 +39,7 @@ from optax_clip.sets.simplexes import l1_ball
 __all__ = ["norm_ball", "norm_shell", "norm_sphere"]
 
 
+@value_object
 def norm_ball(
     radius: Setting, *, ord: Ord = None, scope: Scope = "leaf", axis_name: AxisName = None
 ) -> Constraint:
@@ -92,6 +94,7 @@ def norm_ball(
     return _norm_set(bounds, functools.partial(move, bounds), "", "radius", shrinks=True)
 
 
+@value_object
 def norm_sphere(
     radius: Setting = 1.0, *, scope: Scope = "leaf", axis_name: AxisName = None
 ) -> Constraint:
@@ -134,6 +137,7 @@ def norm_sphere(
     return _norm_set(bounds, move, "radius", "radius", shrinks=None)
 
 
+@value_object
 def norm_shell(
     lower: Setting, upper: Setting, *, scope: Scope = "leaf", axis_name: AxisName = None
 ) -> Constraint:

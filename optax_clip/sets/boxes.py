@@ -16,12 +16,14 @@ from optax_clip._mesh import place_like
 from optax_clip._numerics import accumulator, as_dtype, clamp, round_down, round_up, widen
 from optax_clip._settings import Setting, aligned, precise
 from optax_clip._trees import Scopes, shape_of
+from optax_clip._values import value_object
 from optax_clip._validate import AxisName
 from optax_clip.sets.constraint import Constraint, Move, largest, no_start, require_real
 
 __all__ = ["box", "init_box", "non_negative"]
 
 
+@value_object
 def box(lower: Setting, upper: Setting, *, axis_name: AxisName = None) -> Constraint:
     r"""Each weight in an interval: weight clipping.
 
@@ -69,6 +71,7 @@ def box(lower: Setting, upper: Setting, *, axis_name: AxisName = None) -> Constr
     return _entrywise(bounds, axis_name)
 
 
+@value_object
 def non_negative(*, axis_name: AxisName = None) -> Constraint:
     r"""Each weight at least 0.
 
@@ -92,6 +95,7 @@ def non_negative(*, axis_name: AxisName = None) -> Constraint:
     return box(0.0, math.inf, axis_name=axis_name)
 
 
+@value_object
 def init_box(kappa: ArrayLike, *, axis_name: AxisName = None) -> Constraint:
     r"""Each weight in a box that is relative to the weights at the start: against loss of plasticity.
 

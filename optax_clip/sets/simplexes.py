@@ -15,6 +15,7 @@ from optax_clip._mesh import all_devices_agree
 from optax_clip._numerics import accumulator, broadcast_like, round_toward_zero, scale, straight_through, widen
 from optax_clip._settings import Initial, Setting
 from optax_clip._trees import Cells, Scopes
+from optax_clip._values import value_object
 from optax_clip._validate import AxisName, Scope
 from optax_clip.norms import modulus
 from optax_clip.sets.constraint import Constraint, Move, NormBounds, largest, margins, require_real
@@ -22,6 +23,7 @@ from optax_clip.sets.constraint import Constraint, Move, NormBounds, largest, ma
 __all__ = ["simplex"]
 
 
+@value_object
 def simplex(total: Setting = 1.0, *, scope: Scope = "leaf", axis_name: AxisName = None) -> Constraint:
     r"""Each leaf, unit or other scope a distribution: entries at least 0 with a given sum.
 

@@ -1,57 +1,55 @@
 """The spectral ball: matrices with bounded singular values."""
 
-import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_clip import _validate
-from optax_clip._numerics import (
-    accumulator,
-    as_dtype,
-    as_if,
-    cond,
-    power_of_two,
-    scale,
-    shorten,
-    varying_axes,
-    widen,
-)
-from optax_clip._trees import Layout, is_inexact, place_along, place_like, shape_of
-from optax_clip.sets.constraint import Constraint, Memory, Setting, largest, margins, settings, spread
+from optax_clip import _matrices, _settings, _validate
+from optax_clip._matrices import Method
+from optax_clip._mesh import is_explicit, place_like, varying_axes
+from optax_clip._numerics import accumulator, as_dtype
+from optax_clip._settings import Initial, Setting
+from optax_clip._trees import Scopes, flatten, is_inexact, shape_of
+from optax_clip._values import value_object
+from optax_clip.sets.constraint import Constraint, Move, largest, margins, no_start
 
 __all__ = ["spectral_ball"]
 
 
+@value_object
 def spectral_ball(
     radius: Setting = 1.0,
     *,
+    method: Method | None = None,
     power_iterations: int | None = None,
     flatten: bool = False,
     axis_name: tuple[()] | None = None,
 ) -> Constraint:
     r"""Each matrix with singular values of at most the radius: a bounded Lipschitz constant.
 
-    .. math:: P(W) = U \min(\Sigma, r) V^\top \quad \text{for } W = U \Sigma V^\top
+    The nearest point, with ``method``, or with ``power_iterations=k`` a cheap approach to the ball:
 
-    by eigendecompositions of the smaller Gram matrix: for an m x n matrix, m >= n, about ``m n^2``
-    products for the Gram matrix, as many for the result, and some ``10 n^3`` between. That is the
-    nearest point. The cheap form with ``power_iterations=k`` scales the whole matrix, for ``2 k m n``
-    products:
+    .. math:: P(W) = U \min(\Sigma, r) V^H \quad \text{for } W = U \Sigma V^H, \qquad
+        W \min(1, r / \sigma), \quad \sigma \approx \|W\|_2
 
-    .. math:: W \min(1, r / \sigma), \quad \sigma \approx \|W\|_2
-
-    with σ from k power iterations that go on, each step, from the vector of the last.
+    The nearest point takes two products with the matrix, some 20 of the smaller Gram matrix, and the sign of a
+    Hermitian matrix of that size, which the methods find differently: ``"polar"`` by 36 more products
+    (84 in float64), ``"eigh"`` by LAPACK's eigendecomposition. From more than 2.7 times outside it is done
+    in two stages, from more than 100 in three and so on. Power iterations cost 2 k products of the matrix with a vector.
+    They go on, each step, from the vector of the last, and find σ from below: weights approach the ball
+    over some steps rather than land in it.
 
     Args:
-        radius: the largest singular value r >= 0: a number, a 0-d array, or a tree of these that is a
-            prefix of the weights.
-        power_iterations: None for the nearest point; k >= 1 for the cheap form. Static.
+        radius: the largest singular value r >= 0: a number, an array that broadcasts to the batch of
+            matrices of each leaf, a tree of these that is a prefix of the weights, a formula
+            ``(path, leaf) -> number``, or `initial` for a multiple of the largest singular value at init.
+        method: ``"polar"`` or ``"eigh"``; None for ``"eigh"`` on CPU and ``"polar"`` elsewhere. Static.
+        power_iterations: None for the nearest point; k >= 1 to approach the ball. Static.
         flatten: take a leaf as one matrix of ``(all but the last axis, last axis)``, the usual one of a
             convolution kernel ``(height, width, in, out)``. Static.
         axis_name: ``()`` where each device holds whole matrices inside `jax.shard_map`, such as its own
@@ -63,14 +61,17 @@ def spectral_ball(
         is then bounded tap by tap, or as a whole with ``flatten=True``; neither is the norm of the
         convolution itself. Leaves of rank below 2 are left as they are, and so are matrices with an inf
         or NaN entry. From near the ball the nearest point lands within 4 eps of the radius, the eps of
-        the leaf's dtype; 16-bit weights from far outside are there after the second step. Float32
-        tells the nearest point to 1e-4 of the radius up to some 100 times outside.
-        The cheap form finds σ from below, so weights approach the ball over some steps rather than
-        land in it; from `project`, which remembers no vector, it takes 30 iterations more. Derivatives
-        take the singular vectors as constants.
+        the leaf's dtype; 16-bit weights from far outside are there after the second step. In float32
+        each entry of the nearest point is within 1e-5 of the radius up to 30 times outside.
+        Power iterations from `project`, which remembers no vector, are 30 more. Derivatives take the
+        singular vectors as constants. On a mesh ``"polar"`` splits every product over the devices and
+        gathers nothing; ``"eigh"`` decomposes the Gram matrix on each device. On CPU ``"eigh"`` is up to 100
+        times slower while other processes use the cores, because LAPACK's threads wait for each other:
+        set ``OPENBLAS_NUM_THREADS=1`` then.
 
     Raises:
-        ValueError: for a negative or NaN radius, ``power_iterations < 1``, a tree that is not a prefix.
+        ValueError: for a negative or NaN radius, another method, a method together with
+            ``power_iterations``, ``power_iterations < 1``, a tree that is not a prefix.
         TypeError: for an argument of another type.
 
     Examples:
@@ -82,55 +83,129 @@ def spectral_ball(
 
     References:
         Yoshida, Miyato, 2017, https://arxiv.org/abs/1705.10941; Miyato, Kataoka, Koyama, Yoshida, 2018,
-        https://arxiv.org/abs/1802.05957
+        https://arxiv.org/abs/1802.05957; the polynomials: Amsel, Persson, Musco, Gower, 2025,
+        https://arxiv.org/abs/2505.16932
     """
-    settings(functools.partial(_validate.at_least, 0), radius=radius)
+    _settings.at_least(0, radius=radius)
     if not isinstance(flatten, bool):
         raise TypeError(f"Expected flatten to be True or False, got flatten={flatten!r}.")
     if axis_name not in (None, ()):
         raise ValueError(f"Expected axis_name to be None or (), got axis_name={axis_name!r}.")
-
-    def matrices(params: optax.Params) -> tuple[Layout, list[Array], list[Array | None]]:
-        layout = Layout.of(params, "leaf")
-        radii = [jnp.maximum(as_dtype(r, jnp.float32), 0) for r in spread(layout, radius=radius)]
-        return layout, radii, [_matrix(x, flatten, axis_name) for x in layout.measured]
-
-    def nearest(params: optax.Params) -> optax.Params:
-        layout, radii, found = matrices(params)
-        return _rebuilt(
-            layout, [None if x is None else _cap(x, r) for x, r in zip(found, radii, strict=True)]
+    if method not in (None, "polar", "eigh"):
+        raise ValueError(f'Expected method to be None, "polar" or "eigh", got method={method!r}.')
+    if method is not None and power_iterations is not None:
+        raise ValueError(
+            "Expected a method or power_iterations, not both, got "
+            f"method={method!r} and power_iterations={power_iterations!r}."
         )
-
-    def excess(params: optax.Params) -> Array:
-        _, radii, found = matrices(params)
-        return largest(
-            [
-                jnp.maximum(_spectrum(widen(x, accumulator([x])))[0] - r.astype(accumulator([x])), 0)
-                for x, r in zip(found, radii, strict=True)
-                if x is not None
-            ]
-        )
-
-    if power_iterations is None:
-        return Constraint(nearest, excess)
-    _validate.static(power_iterations=power_iterations)
-    _validate.integer(1, power_iterations=power_iterations)
-
-    def init(params: optax.Params) -> tuple[Any, ...]:
-        return tuple(_first_vector(x, flatten) for x in Layout.of(params, "leaf").leaves)
-
-    def step(params: optax.Params, vectors: Any, more: int = 0) -> tuple[optax.Params, tuple[Any, ...]]:
-        layout, radii, found = matrices(params)
-        kept, scaled = list(vectors), list(found)
-        for i, (place, x, r) in enumerate(zip(layout.places, found, radii, strict=True)):
-            if x is not None:
-                count = power_iterations + more
-                scaled[i], kept[place] = _scaled(x, r, vectors[place], count)
-        return _rebuilt(layout, scaled), tuple(kept)
-
+    if power_iterations is not None:
+        _validate.static(power_iterations=power_iterations)
+        _validate.integer(1, power_iterations=power_iterations)
+    ball = _Ball(radius, method, power_iterations, flatten, axis_name)
+    remembers = power_iterations is not None or isinstance(radius, Initial)
+    raises = no_start("radius", radius)
+    relative = isinstance(radius, Initial)
     return Constraint(
-        lambda params: step(params, init(params), 30)[0], excess, shrinks=True, memory=Memory(init, step)
+        raises if relative else ball.nearest,
+        raises if relative else ball.excess,
+        shrinks=False if power_iterations is None else True,
+        move=ball.move,
+        init=ball.init if remembers else None,
     )
+
+
+class _Matrices(NamedTuple):
+    """The leaves of a tree that are matrices, or batches of them: their places, values and radii."""
+
+    scopes: Scopes
+    leaves: list[Array]
+    found: list[tuple[int, int, Array, Array]]  # number among the leaves, place, matrix, radius
+
+
+class _Ball(NamedTuple):
+    """What `spectral_ball` was called with."""
+
+    radius: Any
+    method: Method | None
+    power_iterations: int | None
+    flatten: bool
+    axis_name: tuple[()] | None
+
+    def matrices(self, params: optax.Params, memory: Any = None) -> _Matrices:
+        scopes, xs = Scopes.of(params, "leaf", axis_name=())
+        ys = [_matrix(x, self.flatten, self.axis_name) for x in xs]
+        if isinstance(self.radius, Initial):
+            kappa = as_dtype(self.radius.kappa, jnp.float32)
+            radii = [_free_if_zero(memory["radius"][i]) * kappa if y is not None else 0 for i, y in zip(scopes.places, ys, strict=True)]
+        else:
+            batches = [() if y is None else y.shape[:-2] for y in ys]
+            radii = _settings.per_leaf(scopes, xs, batches, radius=self.radius)
+        radii = [jnp.maximum(as_dtype(r, jnp.float32), 0) for r in radii]
+        each = zip(range(len(xs)), scopes.places, ys, radii, strict=True)
+        return _Matrices(scopes, xs, [(i, place, y, r) for i, place, y, r in each if y is not None])
+
+    def init(self, params: optax.Params) -> Any:
+        """Largest singular values and vectors, one a leaf; one number for a tree without leaves."""
+        _, leaves, _ = flatten(params)
+        if not leaves:
+            return jnp.zeros(())
+        vectors = tuple(_first_vector(x, self.flatten) for x in leaves)
+        if not isinstance(self.radius, Initial):
+            return vectors
+        radius = place_like(tuple(_first_value(x, self.flatten) for x in leaves), params)
+        return {"radius": radius} | ({} if self.power_iterations is None else {"vectors": vectors})
+
+    def nearest(self, params: optax.Params) -> optax.Params:
+        """From `project`, which remembers no vector, 30 power iterations more."""
+        if self.power_iterations is None:
+            return self.move(params, None).params
+        return self.move(params, self.init(params), more=30).params
+
+    def move(self, params: optax.Params, memory: Any, more: int = 0) -> Move:
+        relative = isinstance(self.radius, Initial)
+        scopes, leaves, found = self.matrices(params, memory)
+        vectors = list(memory["vectors"] if relative and self.power_iterations else memory or ())
+        for i, place, x, radius in found:
+            if self.power_iterations is None:
+                y = _matrices.cap_singular_values(x, radius, method=self.method, landing=True)
+            else:
+                y, vectors[place] = _scaled(x, radius, vectors[place], self.power_iterations + more)
+            leaves[i] = _as_leaf(y, leaves[i])
+        if self.power_iterations is not None:
+            memory = {**memory, "vectors": tuple(vectors)} if relative else tuple(vectors)
+        return Move(scopes.rebuild(params, leaves), memory)
+
+    def excess(self, params: optax.Params) -> Array:
+        gaps = []
+        for _, _, x, radius in self.matrices(params).found:
+            value = _matrices.largest_singular_value(x, method=self.method)
+            gaps.append(jnp.maximum(value - radius.astype(value.dtype), 0))
+        return largest(gaps)
+
+
+def _free_if_zero(value: Array) -> Array:
+    """A matrix of zeros at the start is left free."""
+    return jnp.where(value == 0, jnp.inf, value)
+
+
+def _scaled(x: Array, radius: Array, vector: Array, iterations: int) -> tuple[Array, Array]:
+    """A step of the power iteration, and the vector to go on from."""
+    dtype = accumulator([x])
+    _, inside = margins(x.shape[-2] * x.shape[-1], dtype)
+    row = vector.reshape(*x.shape[:-2], x.shape[-1])
+    y, row = _matrices.power_step(x, radius.astype(dtype) * (1 - inside), row, iterations)
+    return y, row.reshape(vector.shape)
+
+
+def _first_value(leaf: Any, flatten: bool) -> Any:
+    """The largest singular values of a leaf, NaN where only the shape is known; () if it is no matrix."""
+    shape = shape_of(leaf)
+    if not is_inexact(leaf) or len(shape) < 2 or 0 in shape:
+        return ()
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jnp.full(() if flatten else shape[:-2], jnp.nan, jnp.float32)
+    value = _matrices.largest_singular_value(_matrix(jnp.asarray(leaf), flatten, ()))
+    return value.astype(jnp.float32)
 
 
 def _first_vector(leaf: Any, flatten: bool) -> Any:
@@ -143,23 +218,12 @@ def _first_vector(leaf: Any, flatten: bool) -> Any:
     dtype = jnp.complex64 if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else jnp.float32
     kept = [1 if i in reduced else n for i, n in enumerate(shape)]
     row = jnp.broadcast_to(wave, kept).astype(dtype)
-    sharding = getattr(leaf, "sharding", None)
-    if isinstance(sharding, NamedSharding) and _is_explicit(sharding):
-        return place_like(row, leaf)
-    return place_along(row, leaf, reduced)
-
-
-def _matrix_shape(leaf: Any, flatten: bool) -> tuple[int, ...] | None:
-    shape = shape_of(leaf)
-    if len(shape) < 2:
-        return None
-    return (math.prod(shape[:-1]), shape[-1]) if flatten else shape
+    return place_like(row, leaf)
 
 
 def _matrix(x: Array, flatten: bool, axis_name: tuple[()] | None) -> Array | None:
-    """A leaf as a matrix or a batch of them; None if it is none. Whole on each device of the mesh."""
-    shape = _matrix_shape(x, flatten)
-    if shape is None or x.size == 0:
+    """A leaf as a matrix or a batch of them; None if it is none."""
+    if x.ndim < 2 or x.size == 0:
         return None
     names = varying_axes(x)
     if names and axis_name is None:
@@ -168,105 +232,31 @@ def _matrix(x: Array, flatten: bool, axis_name: tuple[()] | None) -> Array | Non
             f"over the mesh axes {names}. Give axis_name=() if each device holds whole matrices, else "
             "project outside of shard_map."
         )
-    if _is_explicit(jax.typeof(x).sharding):
-        x = jax.sharding.reshard(x, jax.typeof(x).sharding.update(spec=PartitionSpec()))
-    return x.reshape(shape)
+    if not flatten:
+        return x
+    shape, sharding = (math.prod(x.shape[:-1]), x.shape[-1]), jax.typeof(x).sharding
+    if not is_explicit(x):
+        return x.reshape(shape)
+    first, last = sharding.spec[0], sharding.spec[-1]
+    x = jax.sharding.reshard(x, _first_and_last(x))
+    matrix: Array = lax.reshape(x, shape, out_sharding=sharding.update(spec=PartitionSpec(first, last)))
+    return matrix
 
 
-def _rebuilt(layout: Layout, matrices: list[Array | None]) -> optax.Params:
-    leaves = []
-    for x, y in zip(layout.measured, matrices, strict=True):
-        if y is not None:
-            y = y.reshape(x.shape)
-            if _is_explicit(jax.typeof(x).sharding):
-                y = jax.sharding.reshard(y, jax.typeof(x).sharding)
-        leaves.append(x if y is None else y)
-    tree: optax.Params = layout.rebuild(leaves)
-    return tree
+def _as_leaf(y: Array, x: Array) -> Array:
+    """A matrix in the shape, and on the devices, of its leaf."""
+    if y.shape == x.shape:
+        return y
+    if not is_explicit(x):
+        return y.reshape(x.shape)
+    whole = lax.reshape(y, x.shape, out_sharding=_first_and_last(x))
+    placed: Array = jax.sharding.reshard(whole, jax.typeof(x).sharding)
+    return placed
 
 
-def _is_explicit(sharding: NamedSharding) -> bool:
-    return AxisType.Explicit in sharding.mesh.axis_types
-
-
-_product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-
-
-def _spectrum(x: Array) -> tuple[Array, Array]:
-    """The singular values, and as columns the vectors of the shorter side: those of the Gram matrix."""
-    unit = power_of_two(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True))
-    y = scale(x, 1 / unit)
-    other = jnp.conj(jnp.matrix_transpose(y))
-    gram = _product(y, other) if _is_wide(x) else _product(other, y)
-    values, vectors = jnp.linalg.eigh(gram)
-    return jnp.sqrt(jnp.maximum(values, 0)) * unit[..., 0], vectors
-
-
-def _is_wide(x: Array) -> bool:
-    return x.shape[-2] < x.shape[-1]
-
-
-def _cap(x: Array, radius: Array) -> Array:
-    """``U min(s, r) V^H``, landing a few eps inside."""
-    dtype = accumulator([x])
-    eps, radius = float(jnp.finfo(x.dtype).eps), radius.astype(dtype)
-    tells = 16 * float(jnp.finfo(dtype).eps)  # what the decomposition cannot tell, relatively
-    peak = jnp.max(jnp.abs(widen(x, dtype)), axis=(-2, -1))
-    # Far outside the rounding of the update outgrows the ball; half of it is enough to aim inside.
-    aim = jnp.maximum(radius * (1 - 2 * eps - 2 * tells) - peak * (eps / 4), radius / 2)[..., None]
-
-    def once(y: Array) -> tuple[Array, Array]:
-        values, vectors = _spectrum(lax.stop_gradient(y))
-        factors = jnp.where(values > aim, aim / jnp.where(values > 0, values, 1), 1)
-        rows = vectors * factors[..., None, :].astype(vectors.dtype)
-        change = _product(rows, jnp.conj(jnp.matrix_transpose(vectors)))
-        return _product(change, y) if _is_wide(y) else _product(y, change), values
-
-    capped, values = once(widen(x, dtype))
-    top = jnp.max(values, axis=-1)
-
-    def again() -> Array:
-        # A Gram matrix squares the values: a pass from far outside does not end quite inside.
-        def body(carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            y, values = once(carry[0])
-            return y, jnp.max(values, axis=-1)
-
-        start = lax.stop_gradient((capped, top))
-        return as_if(
-            lax.while_loop(lambda carry: jnp.any(carry[1] > 2 * radius), body, start)[0], capped
-        )
-
-    capped = cond(jnp.any(top > 2 * radius), again, lambda: capped)
-    move = (top > radius * (1 - tells))[..., None, None]
-    return jnp.where(move, capped.astype(x.dtype), x)
-
-
-def _scaled(x: Array, radius: Array, vector: Array, iterations: int) -> tuple[Array, Array]:
-    """``x * min(1, r / s)`` with ``s`` from power iteration, and the vector to go on from."""
-    dtype = accumulator([x])
-    wide = widen(x, dtype)
-    unit = power_of_two(jnp.max(jnp.abs(wide), axis=(-2, -1), keepdims=True))
-    y = lax.stop_gradient(scale(wide, 1 / unit))
-
-    def iterate(vector: Array) -> tuple[Array, Array]:
-        left = _product(y, vector[..., None])
-        right = _product(jnp.conj(jnp.matrix_transpose(y)), _unit(left, axes=(-2, -1)))[..., 0]
-        return _unit(right, axes=(-1,)), jnp.sqrt(jnp.sum(jnp.abs(right) ** 2, axis=-1))
-
-    start = vector.reshape(*y.shape[:-2], y.shape[-1]).astype(y.dtype)
-    new, sigma = lax.fori_loop(1, iterations, lambda _, carry: iterate(carry[0]), iterate(start))
-    known = jnp.isfinite(sigma) & (sigma > 0)
-    _, inside = margins(x.shape[-2] * x.shape[-1], dtype)
-    goal = radius.astype(dtype) * (1 - inside)
-    over = known & (sigma > goal / unit[..., 0, 0])
-    first = jnp.where(over, 1 / unit[..., 0, 0], 1)
-    second = jnp.where(over, goal, 1) / jnp.where(over, sigma, 1)
-    product = scale(wide, first[..., None, None], second[..., None, None])
-    kept = jnp.where(known[..., None], new, start).astype(vector.dtype)
-    scaled = jnp.where(over[..., None, None], shorten(product, x.dtype), x)
-    return scaled, kept.reshape(vector.shape)
-
-
-def _unit(x: Array, *, axes: tuple[int, ...]) -> Array:
-    length = jnp.sqrt(jnp.sum(jnp.abs(x) ** 2, axis=axes, keepdims=True))
-    return x / jnp.where(length > 0, length, 1).astype(x.dtype)
+def _first_and_last(x: Array) -> NamedSharding:
+    """The sharding of a leaf that is split along its first and last axis only, so that it can be a matrix."""
+    sharding = jax.typeof(x).sharding
+    first, last = sharding.spec[0], sharding.spec[-1]
+    spec: NamedSharding = sharding.update(spec=PartitionSpec(first, *(None,) * (x.ndim - 2), last))
+    return spec

@@ -54,7 +54,9 @@ def relative_to_params(ratio: ArrayLike, *, eps: ArrayLike = 1e-3) -> ThresholdR
         norms: Array, state: Memory, param_norms: Array | None, total: Array
     ) -> tuple[Array, Memory]:
         if param_norms is None:
-            raise ValueError("Expected params in update of relative_to_params, got params=None.")
+            _validate.params_given(
+                param_norms, of="a transform by relative_to_params, such as adaptive_grad_clip"
+            )
         least = jnp.maximum(param_norms, number(eps, param_norms))
         return (number(ratio, param_norms) * least).astype(norms.dtype), state
 
