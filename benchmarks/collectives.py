@@ -7,10 +7,8 @@ does not run it.
 
 import argparse
 import json
-import re
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable
 
 import jax
@@ -20,18 +18,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_clip
+from benchmarks._hlo import COLLECTIVES as KINDS
+from benchmarks._hlo import collectives
 from benchmarks._timing import Row, line
 
 DEVICES = 8
 MANY = 1000  # leaves at which the scopes that keep a dimension take many minutes to compile
-KINDS = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
 CLIPS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "no clip": optax.identity,
     "optax.clip_by_global_norm": lambda: optax.clip_by_global_norm(1.0),
@@ -61,20 +53,6 @@ def show(rows: list[Row]) -> None:
 
 def _cell(always: int, sometimes: int) -> str:
     return f"{always} ({sometimes})" if sometimes else f"{always}"
-
-
-def collectives(program: str) -> tuple[Counter[str], Counter[str]]:
-    """The collectives in an HLO text: those on every step's way, and those in branches and loops."""
-    always: Counter[str] = Counter()
-    sometimes: Counter[str] = Counter()
-    found = always
-    for text in program.splitlines():
-        if text and not text[0].isspace() and text.endswith("{"):
-            found = always if text.startswith("ENTRY") else sometimes
-        kind = re.search(rf" ({'|'.join(KINDS)})(-start)?\(", text)
-        if kind:
-            found[kind[1]] += 1
-    return always, sometimes
 
 
 def placed(leaves: int) -> list[jax.Array]:
