@@ -14,8 +14,9 @@ from jax.experimental import topologies
 PACKAGES = ("jax-cuda13-plugin", "nvidia-cuda-nvcc", "libtpu")
 H100, V5E = "H100", "TPU v5e"
 POD = "v5e:16x16"
-# Read by libtpu when it is loaded: there is no TPU to ask, and nobody else's to keep away from.
+# Read when the compilers are loaded: there is no TPU to ask, and nobody else's to keep away from.
 ALONE = {
+    "TF_CPP_MIN_LOG_LEVEL": "3",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_MIN_LOG_LEVEL": "3",
@@ -43,20 +44,19 @@ def _installed(name: str) -> bool:
 
 def chip(name: str) -> jax.Device:
     """One chip to compile for, by the name above."""
-    if name == H100:
-        config = (Path(__file__).parent / "h100_sxm.txtpb").read_text("utf-8")
-        return topologies.get_topology_desc(
-            platform="cuda", target_config=config, topology="1x1x1"
-        ).devices[0]
-    return _tpu("v5e:2x2")[0]
+    if name == V5E:
+        return _devices(platform="tpu", topology_name="v5e:2x2")[0]
+    config = (Path(__file__).parent / "h100_sxm.txtpb").read_text("utf-8")
+    return _devices(platform="cuda", target_config=config, topology="1x1x1")[0]
 
 
 def pod(shape: tuple[int, int] = (32, 8)) -> jax.sharding.Mesh:
     """A TPU pod of 256 chips, as a mesh with the axes data and model."""
-    return jax.sharding.Mesh(np.asarray(_tpu(POD)).reshape(shape), ("data", "model"))
+    devices = np.asarray(_devices(platform="tpu", topology_name=POD))
+    return jax.sharding.Mesh(devices.reshape(shape), ("data", "model"))
 
 
-def _tpu(topology: str) -> list[jax.Device]:
+def _devices(**description: str) -> list[jax.Device]:
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    return list(topologies.get_topology_desc(**description).devices)

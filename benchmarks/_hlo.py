@@ -1,14 +1,12 @@
-"""Read what a compiled step does from its text, XLA's HLO: what it moves, its branches and loops, what it sends."""
+"""Read from a compiled program, XLA's HLO, what it moves and sends, its branches and its loops."""
 
 import re
 from collections import Counter
 from typing import NamedTuple
 
-# No kernel of their own: names of what is there, and the second half of an asynchronous pair.
-FREE = frozenset(
-    "parameter tuple get-tuple-element bitcast constant after-all opt-barrier partition-id replica-id "
-    "copy-done slice-done async-update async-done all-reduce-done all-gather-done".split()
-)
+# No kernels: names of what is there, and the second half of an asynchronous pair.
+NAMES = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "opt-barrier"}
+FREE = NAMES | {"copy-done", "slice-done", "async-done", "all-reduce-done", "all-gather-done"}
 COLLECTIVES = (
     "all-reduce",
     "all-gather",
@@ -24,7 +22,7 @@ CALLED = re.compile(r"(?:body|to_apply)=%?([\w.\-]+)")
 
 
 class Operation(NamedTuple):
-    """One line of a computation, and the bytes that it reads and writes in a chip's large memory (HBM)."""
+    """One line of a computation, and the bytes that it moves in HBM, a chip's large memory."""
 
     kind: str
     name: str
@@ -40,7 +38,7 @@ class Program(NamedTuple):
     entry: str
 
     def kernels(self) -> list[Operation]:
-        """What the entry launches. A `call`, as a GPU's recorded commands are, stands for what it calls."""
+        """What the entry launches; a `call`, such as a GPU's recorded commands, stands for its parts."""
         return self._launched(self.entry) if self.entry else []
 
     def turns(self) -> list[Operation]:

@@ -1,8 +1,9 @@
 """Compile an Adam step for an H100 and a TPU v5e, which need not be there, and count what it moves.
 
-Units are the bytes that the step reads and writes in HBM, as multiples of the bytes of the gradients: Adam
-alone is 7, four read and three written. What a conditional or a loop is handed counts once, however often a
-loop turns; what one turn moves stands beside it. Nothing is run, so there are no times here.
+Units are the bytes that the step reads and writes in HBM, as multiples of the bytes of the gradients:
+Adam alone is 7, four read and three written. What a conditional is handed counts as read, what a loop is
+handed as read and written, however often it turns; what one turn moves stands beside it. Nothing is run,
+so there are no times here.
 
     python -m benchmarks.compiled --only box --chips H100 --largest 8
 """
@@ -42,7 +43,12 @@ def _rows(
     chips: tuple[str, ...], dtypes: tuple[str, ...], side: int, only: tuple[str, ...], largest: int = 0
 ) -> Iterator[Row]:
     for name, dtype in itertools.product(chips, dtypes):
-        line(f"{name}, {dtype}", *(kind.replace("_", " ") for kind in COUNTS), "  with", width=16)
+        line(
+            f"{name}, {dtype}",
+            *(kind.replace("_", " ") for kind in COUNTS),
+            "  with".ljust(38),
+            width=16,
+        )
         device = _chips.chip(name)
         for case in (ALONE, *cases()):
             if not only or case.label in only:
@@ -67,7 +73,7 @@ def _row(case: Case, chip: str, params: list[jax.ShapeDtypeStruct], largest: int
             counts, kernels[prefix] = _tried(contender, params)
             row |= {f"{prefix}{key}": value for key, value in counts.items()}
     cells = (_cell(row, kind) for kind in COUNTS)
-    line(case.label, *cells, f"  {row['peer'] or ''}", width=16)
+    line(case.label, *cells, f"  {row['peer'] or '':36}", width=16)
     for prefix, operations in kernels.items():
         _print_largest(contenders[prefix].label, operations[:largest])
     return row
