@@ -31,7 +31,7 @@ def missing() -> str | None:
     absent = [name for name in PACKAGES if not _installed(name)]
     if not absent:
         return None
-    return f"{', '.join(absent)} not installed, which `make accelerators` does"
+    return f"not installed: {', '.join(absent)}. `make accelerators` makes an environment that has them"
 
 
 def _installed(name: str) -> bool:

@@ -1,9 +1,9 @@
 """Count what an Adam step sends between devices, ours beside Optax's: eight of a CPU, 256 of a TPU pod.
 
 The counts are of operations in the compiled program: one all-reduce may carry many numbers. In brackets
-those of branches and loops; the branch that sums again with care, where a norm is out of the safe range,
-is one that an ordinary step does not run. On the pod, which need not be there, the weights are split over
-both axes of the mesh, and the biases over the second.
+those of branches and loops: an ordinary step does not run the branch that sums again with care, where a
+norm is out of the safe range. On the pod, which need not be there, the weights are split over both axes
+of the mesh, and the biases over the second.
 """
 
 import argparse
