@@ -1,8 +1,8 @@
 """Count the weights that end outside of their set after a step, on the device that JAX finds.
 
 The update is made, projected and added in one program, as in training: what a compiler fuses or
-contracts there shows here. Random weights, some inside and some not; the numbers of the sets are exact in
-each type. NaN is outside.
+contracts there shows here. Random weights, some inside and some not; the numbers of the sets are exact
+in each type. NaN is outside.
 """
 
 import argparse
