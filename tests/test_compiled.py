@@ -148,8 +148,8 @@ def test_kernels_of_the_global_clip(dtype):
 
 # --- A pod ---------------------------------------------------------------------------------------
 
-# The most all-reduces. Optax's global clip has one for each group of chips that sums: two, for weights on
-# both axes beside biases on one.
+# The most all-reduces. Optax's global clip has one for each group of chips that sums: two, for weights
+# on both axes beside biases on one.
 REDUCES = {
     "clip_by_global_norm": 2,
     "normalize_by_norm": 2,
