@@ -4,6 +4,7 @@
 PYTHON = python3
 VENV = .venv
 PYTEST_ARGS = -n 2
+ACCELERATORS = $(VENV)-accelerators
 
 BIN = $(VENV)/bin
 NBMAKE = $(BIN)/python -m pytest -W default --nbmake
@@ -12,10 +13,10 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo sweep test bench notebooks notebooks-full docs dist doctest lint types format dev clean
+.PHONY: help demo sweep test bench accelerators test-accelerators notebooks notebooks-full docs dist doctest lint types format dev clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.demo  ## train a small model with and without bounds, draw demo.png
 	$(BIN)/python -m benchmarks.demo
@@ -28,6 +29,15 @@ test: $(VENV)/.test  ## run the tests
 
 bench: $(VENV)/.bench  ## measure against Optax's own transforms, draw bench.png
 	$(BIN)/python -m benchmarks
+
+# Beside the CUDA plugin JAX does not start but with this variable.
+accelerators test-accelerators: export JAX_PLATFORMS = cpu
+
+accelerators: $(ACCELERATORS)/.accelerators  ## count what is moved and sent on an H100 and TPUs, by compiling for them
+	$(ACCELERATORS)/bin/python -m benchmarks --only compiled collectives
+
+test-accelerators: $(ACCELERATORS)/.accelerators  ## hold what is compiled for them to its limits
+	$(ACCELERATORS)/bin/python -m pytest $(PYTEST_ARGS) tests/test_compiled.py
 
 notebooks: $(VENV)/.notebooks  ## run the notebooks in their fast setting, and leave them as they are
 	NOTEBOOKS_FAST=1 $(NBMAKE) notebooks
@@ -62,7 +72,7 @@ dev: $(VENV)/.dev  ## install everything that a developer needs
 	@echo "Ready: . $(BIN)/activate"
 
 clean:  ## remove the environments and all that was built
-	rm -rf .venv .venv-* $(VENV) build dist docs/_build docs/notebooks demo.png sweep.png bench.json bench.png
+	rm -rf .venv .venv-* $(VENV) $(ACCELERATORS) build dist docs/_build docs/notebooks demo.png sweep.png bench.json bench.png
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
@@ -79,3 +89,7 @@ $(VENV)/.%: pyproject.toml $(VENV)/.pip
 	@echo "Installing the group '$*' into $(VENV). The first time takes a minute or two."
 	$(PIP) install --editable . --group $*
 	@touch $@
+
+# These compilers have an environment of their own.
+$(ACCELERATORS)/.accelerators: pyproject.toml
+	@$(MAKE) --no-print-directory VENV=$(ACCELERATORS) ACCELERATORS=none $@

@@ -16,6 +16,7 @@ import jax
 
 from benchmarks import (
     collectives,
+    compiled,
     growth,
     memory,
     overheads,
@@ -37,6 +38,7 @@ GROUPS = {
     "projections": projections.run,
     "training": training.run,
     "collectives": collectives.run,
+    "compiled": compiled.run,
     "torch": peers_torch.run,
 }
 

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_clip as oc
-from benchmarks.collectives import collectives
+from benchmarks._hlo import collectives
 
 MESH = {"x": 4, "y": 2}
 SPECS = {"whole": P(), "rows": P("x"), "columns": P(None, "y"), "both": P("x", "y"), "half": P("x", "y")}

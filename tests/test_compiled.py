@@ -1,0 +1,217 @@
+"""What a step moves on an H100 and on a TPU, and sends on 256 of them, as their compilers say.
+
+The compilers have to be there, the chips need not: `make test-accelerators`. Limits are on an Adam step,
+in multiples of the bytes of the gradients: Adam alone moves 7, and a clip by norm reads them once more.
+"""
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import optax
+import pytest
+
+import optax_clip as oc
+from benchmarks import _chips, _hlo, collectives, compiled
+from benchmarks.overheads import ADAM, cases
+from registry import ROWS
+
+if reason := _chips.missing():
+    pytest.skip(reason, allow_module_level=True)
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+DTYPES = ("float32", "bfloat16")
+
+
+class Limits(NamedTuple):
+    """The most that a step may have: traffic, memory of its own, and waits of a GPU for its host."""
+
+    units: float
+    temporaries: float
+    conditionals: int = 0
+
+
+BY_NORM = Limits(8.05, 0.02)
+BY_UNIT = Limits(8.1, 0.05)
+IN_BOX = Limits(8.05, 0.05)
+ON_BALL = Limits(11.05, 1.05)
+BESIDE_WEIGHTS = Limits(9.15, 0.05)  # they are read for their norms
+
+LIMITS = {
+    "Adam alone": Limits(7.01, 0.01),
+    "clip_by_global_norm": BY_NORM,
+    "clip_by_global_norm, record=False": BY_NORM,
+    "clip_by_norm, leaf": BY_NORM,
+    "clip_by_norm, leaf, rms": BY_NORM,
+    "clip_by_norm, unit": BY_UNIT,
+    "adaptive_grad_clip": BESIDE_WEIGHTS,
+    "clip_by_value": BY_NORM,
+    "clip_by_value, record=False": Limits(7.05, 0.02),
+    "normalize_by_norm": BY_NORM,
+    "autoclip": BY_NORM,
+    "zclip": BY_NORM,
+    "adagc": BY_NORM,
+    "running_quantile": BY_NORM,
+    "zscore, unit": BY_UNIT,
+    "clip_by_update_rms, after scale_by_adam": Limits(9.05, 0.02),  # Adam's moments are read twice
+    "skip_spikes": BY_NORM,
+    "box": IN_BOX,
+    "box, record=False": Limits(7.05, 0.05),
+    "non_negative": IN_BOX,
+    "norm_ball, ord=inf": IN_BOX,
+    "init_box": IN_BOX,
+    "norm_ball, leaf": ON_BALL,
+    "norm_ball, leaf, record=False": ON_BALL,
+    "norm_ball, unit": ON_BALL,
+    "norm_ball, global": ON_BALL,
+    "norm_sphere, leaf": ON_BALL,
+    "norm_sphere, unit": ON_BALL,
+    "norm_sphere, global": ON_BALL,
+    "norm_shell, leaf": ON_BALL,
+    "norm_shell, unit": ON_BALL,
+    "norm_shell, global": ON_BALL,
+}
+# Those that search for a root, by dtype: the loop's turns, which depend on the weights, are not in it.
+SEARCHES = {
+    "norm_ball, leaf, ord=1": {"float32": Limits(16.5, 2), "bfloat16": Limits(25, 2)},
+    "simplex, leaf": {"float32": Limits(16, 2), "bfloat16": Limits(20, 2)},
+}
+
+
+def first(clip: optax.GradientTransformation) -> optax.GradientTransformation:
+    return optax.chain(clip, ADAM)
+
+
+def last(constraint: oc.Constraint, **how: Any) -> optax.GradientTransformation:
+    return optax.chain(ADAM, oc.project_weights(constraint, **how))
+
+
+# Beside the rows of the benchmarks.
+MORE: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "Adam alone": lambda: ADAM,
+    "optax.clip_by_global_norm": lambda: first(optax.clip_by_global_norm(1.0)),
+    "clip_by_global_norm, record=False": lambda: first(oc.clip_by_global_norm(1.0, record=False)),
+    "clip_by_value, record=False": lambda: first(oc.clip_by_value(1.0, record=False)),
+    "running_quantile": lambda: first(oc.clip_by_norm(oc.running_quantile(0.9), scope="global")),
+    "zscore, unit": lambda: first(oc.clip_by_norm(oc.zscore(2.0), scope="unit")),
+    "box, record=False": lambda: last(oc.box(-0.01, 0.02), record=False),
+    "norm_ball, leaf, record=False": lambda: last(oc.norm_ball(2.0), record=False),
+    "norm_ball, ord=inf": lambda: last(oc.norm_ball(0.01, ord=math.inf)),
+    "norm_sphere, unit": lambda: last(oc.norm_sphere(0.1, scope="unit")),
+    "norm_sphere, global": lambda: last(oc.norm_sphere(5.0, scope="global")),
+    "norm_shell, unit": lambda: last(oc.norm_shell(0.1, 0.2, scope="unit")),
+    "norm_shell, global": lambda: last(oc.norm_shell(1.0, 5.0, scope="global")),
+}
+
+
+def transform(name: str) -> optax.GradientTransformation:
+    return MORE[name]() if name in MORE else next(c.ours for c in cases() if c.label == name)
+
+
+@functools.cache
+def measured(chip: str, dtype: str, name: str) -> tuple[dict[str, float], list[_hlo.Operation]]:
+    """One chip is all that the process sees, where the tests' CPU is eight."""
+    with mock.patch.object(jax, "device_count", lambda: 1):
+        return compiled.measure(transform(name), compiled.structs(_chips.chip(chip), dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [*LIMITS, *SEARCHES])
+@pytest.mark.parametrize("chip", compiled.CHIPS)
+def test_limits(chip, name, dtype):
+    counts, kernels = measured(chip, dtype, name)
+    most = (SEARCHES[name][dtype] if name in SEARCHES else LIMITS[name])._asdict()
+    over = [f"{key} {counts[key]:.3f} > {most[key]}" for key in most if counts[key] > most[key]]
+    assert not over, "\n".join([", ".join(over), *map(str, kernels[:6])])
+
+
+@pytest.mark.parametrize("chip", compiled.CHIPS)
+def test_adam_alone_reads_four_trees_and_writes_three(chip):
+    counts, _ = measured(chip, "float32", "Adam alone")
+    assert counts["units"] == pytest.approx(7, abs=1e-3)
+    assert counts["conditionals"] == counts["loops"] == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_of_the_global_clip(dtype):
+    """Each takes a GPU two or three microseconds, however little it does."""
+    ours, theirs = (
+        measured(_chips.H100, dtype, name)[0]["kernels"]
+        for name in ("clip_by_global_norm", "optax.clip_by_global_norm")
+    )
+    assert ours <= theirs + 3
+
+
+# --- A pod ---------------------------------------------------------------------------------------
+
+# The most all-reduces. Optax's global clip has one for each group of chips that sums: two, for weights
+# on both axes beside biases on one.
+REDUCES = {
+    "clip_by_global_norm": 2,
+    "normalize_by_norm": 2,
+    "autoclip": 2,
+    "zclip": 2,
+    "running_quantile": 2,
+    "skip_spikes": 2,
+    "clip_by_norm, leaf": 4,
+    "clip_by_norm, unit": 4,
+    "adaptive_grad_clip": 4,
+    "adagc": 4,
+    "clip_by_value": 4,
+    "box": 4,
+    "norm_ball, leaf": 4,
+    "norm_ball, unit": 8,
+    "norm_ball, global": 4,
+    "norm_ball, leaf, ord=1": 4,
+    "simplex, leaf": 4,
+}
+
+
+@functools.cache
+def sent(name: str) -> Counter[str]:
+    """Collectives by kind, those in branches and loops too."""
+    params = collectives.split(_chips.pod())
+    program = compiled.compile_step(transform(name), params, params)
+    always, sometimes = _hlo.collectives(program.as_text())
+    return always + sometimes
+
+
+def test_optax_reduces_twice():
+    """What the numbers above start from."""
+    assert sent("optax.clip_by_global_norm") == {"all-reduce": 2}
+
+
+@pytest.mark.parametrize("name", REDUCES)
+def test_collectives_of_a_pod(name):
+    """All-reduces alone, so nothing is gathered, and few; the body of a loop counts once."""
+    found = sent(name)
+    assert found.keys() <= {"all-reduce"}, found
+    assert found.get("all-reduce", 0) <= REDUCES[name]
+
+
+# --- All transforms ------------------------------------------------------------------------------
+
+
+def tree(chip: str) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """A layer of each type, so that one program has what the three need."""
+    sharding = jax.sharding.SingleDeviceSharding(_chips.chip(chip))
+    struct = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    return {
+        dtype: {"kernel": struct((16, 8), dtype), "bias": struct((8,), dtype)}
+        for dtype in (*DTYPES, "float16")
+    }
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
+@pytest.mark.parametrize("chip", compiled.CHIPS)
+def test_every_transform_compiles(chip, row):
+    params, tx = tree(chip), row.make()
+    with jax.numpy_dtype_promotion(row.promotion), mock.patch.object(jax, "device_count", lambda: 1):
+        state = jax.eval_shape(tx.init, params)
+        program = jax.jit(tx.update).lower(params, state, params).compile()
+    updates, _ = program.out_info
+    assert jax.tree.map(lambda x: x.dtype, updates) == jax.tree.map(lambda x: x.dtype, params)
