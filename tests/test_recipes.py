@@ -7,9 +7,9 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_readme import CODE
 
 from optax_clip import clip_by_global_norm, clip_tree
+from test_readme import CODE
 
 LIMIT = 1.0
 
@@ -110,9 +110,8 @@ def test_each_micro_batch_is_the_clip_around_multi_steps(standard_promotion):
 def test_each_rank(kind):
     found = page("Each rank, before the mean")
     ranks = found["ranks"]
-    parts = [
-        gradient(x, y) for x, y in zip(*map(lambda a: np.split(a, ranks), (found["x"], found["y"])))
-    ]
+    split = (np.split(found[name], ranks) for name in "xy")
+    parts = [gradient(*one) for one in zip(*split, strict=True)]
     expected, finite = mean_of_clipped(parts)
     assert int(found["finite"]) == finite == ranks - 1 == 7
     np.testing.assert_allclose(flat(found["grads"]), expected, rtol=1e-5, atol=1e-6)
