@@ -77,9 +77,8 @@ def test_optax(name):
 
 
 def test_adaptive_grad_clip_of_rank_3():
-    grads, weights = (
-        {"k": jnp.asarray(np.random.default_rng(s).normal(size=(3, 4, 5)))} for s in (0, 1)
-    )
+    draws = np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype(np.float32)
+    grads, weights = {"k": jnp.asarray(draws[0])}, {"k": jnp.asarray(draws[1])}
     theirs = update(optax.adaptive_grad_clip(0.1), grads, weights)
     close(update(adaptive_grad_clip(0.1, scope=0), grads, weights), theirs)
     assert differ(update(adaptive_grad_clip(0.1), grads, weights), theirs)
@@ -96,10 +95,8 @@ def test_zero_nans():
     grads = {**GRADS, "bias": GRADS["bias"].at[0].set(jnp.nan)}
     theirs = update(optax.zero_nans(), grads)
     close(theirs, {**grads, "bias": grads["bias"].at[0].set(0)})
-    close(
-        update(clip_by_global_norm(jnp.inf, nonfinite="zero"), grads),
-        jax.tree.map(jnp.zeros_like, grads),
-    )
+    ours = update(clip_by_global_norm(jnp.inf, nonfinite="zero"), grads)
+    close(ours, jax.tree.map(jnp.zeros_like, grads))
 
 
 def test_skip_large_updates():
@@ -149,6 +146,7 @@ def test_per_example_global_norm_clip():
     assert int(jnp.sum(norms > 1.0)) == int(clipped) == 2
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # The second is the old name.
 def test_norms():
     for theirs in (optax.tree.norm, optax.global_norm):
         assert float(global_norm(GRADS)) == pytest.approx(float(theirs(GRADS)), rel=1e-6)
@@ -157,7 +155,10 @@ def test_norms():
 # --- Optax, weights ------------------------------------------------------------------------------
 
 PROJECTIONS = {
-    "projection_box": (lambda w: optax.projections.projection_box(w, -0.3, 0.5), box(-0.3, 0.5)),
+    "projection_box": (
+        lambda w: optax.projections.projection_box(w, *(dict.fromkeys(w, c) for c in (-0.3, 0.5))),
+        box(-0.3, 0.5),
+    ),
     "projection_l2_ball": (
         lambda w: optax.projections.projection_l2_ball(w, 2.0),
         norm_ball(2.0, scope="global"),
@@ -224,6 +225,7 @@ def each(f):
 
 
 TOTAL = math.sqrt(sum(float(norm_of(leaf)) ** 2 for leaf in GRADS.values()))
+CUBIC = sum((np.abs(np.asarray(leaf, np.float64)) ** 3).sum() for leaf in GRADS.values()) ** (1 / 3)
 GRADIENTS = {
     "clipvalue=c": (each(lambda g: np.clip(g, -0.5, 0.5)), clip_by_value(0.5)),
     "clipnorm=c": (
@@ -235,14 +237,7 @@ GRADIENTS = {
         each(lambda g: g * min(1, 1.5 / (TOTAL + 1e-6))),
         clip_by_global_norm(1.5),
     ),
-    "norm_type=p": (
-        each(
-            lambda g: (
-                g * 1.5 / sum((np.abs(x) ** 3).sum() for x in map(np.float64, GRADS.values())) ** (1 / 3)
-            )
-        ),
-        clip_by_global_norm(1.5, ord=3),
-    ),
+    "norm_type=p": (each(lambda g: g * 1.5 / CUBIC), clip_by_global_norm(1.5, ord=3)),
     "clip_grad_value_(parameters, c)": (each(lambda g: np.clip(g, -0.5, 0.5)), clip_by_value(0.5)),
 }
 
@@ -285,9 +280,8 @@ def test_constraints_elsewhere(name):
 def test_spectral_norm():
     """Theirs divides by the largest singular value, always; the ball moves the large ones alone."""
     kernel = np.diag([3.0, 0.5]).astype(np.float32)
-    np.testing.assert_allclose(
-        project(jnp.asarray(kernel), spectral_ball(1.0)), np.diag([1, 0.5]), atol=1e-6
-    )
+    ended = project(jnp.asarray(kernel), spectral_ball(1.0))
+    np.testing.assert_allclose(ended, np.diag([1, 0.5]), atol=1e-5)
     assert (kernel / np.linalg.norm(kernel, 2))[1, 1] == pytest.approx(1 / 6)
 
 
@@ -297,6 +291,6 @@ def test_every_row_of_optax_is_here():
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| ")][1:]
     tested = Path(__file__).read_text("utf-8")
     for row in rows:
-        names = re.findall(r"[a-z0-9_]{5,}", row.replace("..._", "_"))
+        names = re.findall(r"[a-z0-9_]{4,}", row.replace("..._", "_"))
         known = [name for name in names if name not in ("optax", "projections")]
         assert any(name in tested.split("def test_every_row")[0] for name in known), row
