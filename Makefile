@@ -12,7 +12,8 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo sweep test bench notebooks notebooks-full docs dist doctest lint types format dev clean
+.PHONY: help demo sweep test test-clients bench notebooks notebooks-full docs dist doctest lint types format
+.PHONY: dev clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +26,10 @@ sweep: $(VENV)/.demo  ## train it under many thresholds and rules, draw sweep.pn
 
 test: $(VENV)/.test  ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-clients:  ## run the tests with libraries that take a transform, in .venv-clients
+	@$(MAKE) --no-print-directory VENV=$(VENV)-clients $(VENV)-clients/.clients
+	$(VENV)-clients/bin/python -m pytest tests/test_clients.py
 
 bench: $(VENV)/.bench  ## measure against Optax's own transforms, draw bench.png
 	$(BIN)/python -m benchmarks
@@ -62,7 +67,7 @@ dev: $(VENV)/.dev  ## install everything that a developer needs
 	@echo "Ready: . $(BIN)/activate"
 
 clean:  ## remove the environments and all that was built
-	rm -rf .venv .venv-* $(VENV) build dist docs/_build docs/notebooks demo.png sweep.png bench.json bench.png
+	rm -rf .venv .venv-* $(VENV) $(VENV)-clients build dist docs/_build docs/notebooks demo.png sweep.png bench.json bench.png
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

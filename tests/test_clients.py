@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from optax_clip import clip_by_global_norm, metrics, norm_ball, project_weights, violation
+from optax_clip import clip_by_global_norm, metrics, norm_ball, project_weights, violation, where
 
 LIMIT = 0.1  # Far below every gradient here, so that each step is clipped.
 RADIUS = 0.2
@@ -205,3 +205,53 @@ def test_projection(client):
     last = max(seen, key=lambda one: int(one["clip/steps"]))
     assert all_steps(last), last
     assert float(last["project/fraction"]) > 0
+
+
+# --- Haiku's mappings ----------------------------------------------------------------------------
+
+
+def haiku_weights(freeze):
+    hk = pytest.importorskip("haiku")
+    net = hk.without_apply_rng(hk.transform(lambda x: hk.Linear(2, name="head")(x)))
+    params = net.init(jax.random.key(0), jnp.ones((1, 3)))
+    return hk.data_structures.to_immutable_dict(params) if freeze else params
+
+
+def test_haiku():
+    """The immutable mapping as the dict, bit for bit, in a chain with a clip and a projection."""
+    tx = optax.chain(clip_by_global_norm(LIMIT), optax.sgd(1.0), project_weights(norm_ball(RADIUS)))
+    ends = []
+    for freeze in (False, True):
+        params = haiku_weights(freeze)
+        grads = jax.tree.map(jnp.ones_like, params)
+        updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+        ended = optax.apply_updates(params, updates)
+        assert type(ended) is type(params)
+        assert float(violation(ended, norm_ball(RADIUS))) == 0
+        ends.append([jax.tree.leaves(ended), metrics(state)])
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+
+
+def masked():
+    """A projection of matrices, and the paths that it was asked about."""
+    paths = []
+
+    def is_matrix(path, leaf):
+        paths.append(path)
+        return leaf.ndim > 1
+
+    return optax.masked(project_weights(norm_ball(RADIUS)), where(is_matrix)), paths
+
+
+def test_haiku_masks():
+    """Paths and masks want dicts: the immutable mapping hides its keys, and Optax's mask raises."""
+    params, (tx, paths) = haiku_weights(freeze=False), masked()
+    updates, _ = tx.update(params, tx.init(params), params)
+    ended = optax.apply_updates(params, updates)
+    assert float(violation(ended["head"]["w"], norm_ball(RADIUS))) == 0
+    assert set(paths) == {"head/b", "head/w"}
+
+    params, (tx, paths) = haiku_weights(freeze=True), masked()
+    with pytest.raises(ValueError, match="structure"):
+        tx.update(params, tx.init(params), params)
+    assert set(paths) == {"0", "1"}

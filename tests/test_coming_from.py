@@ -118,6 +118,7 @@ WRAPPERS = {
     "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
     "MultiSteps": lambda tx: optax.MultiSteps(tx, 1).gradient_transformation(),
     "masked": lambda tx: optax.masked(tx, {"kernel": True, "conv": False, "bias": True}),
+    "contrib.schedule_free": lambda tx: optax.contrib.schedule_free(tx, 0.1),
     "partition": lambda tx: optax.partition({"a": tx, "b": optax.sgd(1.0)}, dict.fromkeys(SHAPES, "a")),
 }
 
@@ -127,6 +128,15 @@ def test_wrappers(name):
     assert f"`{name}`" in PAGE
     clips = optax.clip_by_global_norm(0.5), clip_by_global_norm(0.5)
     theirs, ours = (update(WRAPPERS[name](optax.chain(clip, optax.adam(0.1)))) for clip in clips)
+    close(ours, theirs)
+
+
+def test_lookahead():
+    pair = optax.LookaheadParams.init_synced(WEIGHTS)
+    clips = optax.clip_by_global_norm(0.5), clip_by_global_norm(0.5)
+    theirs, ours = (
+        update(optax.lookahead(optax.chain(clip, optax.sgd(0.1)), 1, 0.5), GRADS, pair) for clip in clips
+    )
     close(ours, theirs)
 
 
