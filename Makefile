@@ -13,7 +13,8 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo sweep test bench accelerators test-accelerators notebooks notebooks-full docs dist doctest lint types format dev clean
+.PHONY: help demo sweep test test-clients bench accelerators test-accelerators notebooks notebooks-full
+.PHONY: docs dist doctest lint types format dev clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +27,10 @@ sweep: $(VENV)/.demo  ## train it under many thresholds and rules, draw sweep.pn
 
 test: $(VENV)/.test  ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-clients:  ## run the tests with libraries that take a transform, in .venv-clients
+	@$(MAKE) --no-print-directory VENV=$(VENV)-clients $(VENV)-clients/.clients
+	$(VENV)-clients/bin/python -m pytest tests/test_clients.py
 
 bench: $(VENV)/.bench  ## measure against Optax's own transforms, draw bench.png
 	$(BIN)/python -m benchmarks
@@ -72,7 +77,7 @@ dev: $(VENV)/.dev  ## install everything that a developer needs
 	@echo "Ready: . $(BIN)/activate"
 
 clean:  ## remove the environments and all that was built
-	rm -rf .venv .venv-* $(VENV) $(ACCELERATORS) build dist docs/_build docs/notebooks demo.png sweep.png bench.json bench.png
+# One stamp for each dependency group of pyproject.toml; $(VENV)-NAME is an environment of its own.
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

@@ -84,8 +84,4 @@ def test_the_reader_sees_every_form(source, rooms):
 def test_the_sides_are_apart():
     assert not BELOW["projection"] & {"thresholds", "clipping", "adaptive"}
     assert not BELOW["adaptive"] & {"sets", "projection", "recording"}
-<<<<<<< HEAD
-    assert BELOW["norms"] == {"_values", "_validate", "_numerics", "_records", "_trees"}
-=======
-    assert BELOW["norms"] == {"_validate", "_numerics", "_matrices", "_records", "_trees"}
->>>>>>> matrices
+    assert BELOW["norms"] == {*SHARED} - {"norms"}
