@@ -77,7 +77,7 @@ dev: $(VENV)/.dev  ## install everything that a developer needs
 	@echo "Ready: . $(BIN)/activate"
 
 clean:  ## remove the environments and all that was built
-# One stamp for each dependency group of pyproject.toml; $(VENV)-NAME is an environment of its own.
+	rm -rf .venv .venv-* $(VENV) $(VENV)-* build dist docs/_build docs/notebooks demo.png sweep.png bench.json bench.png
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
