@@ -36,10 +36,13 @@ _ENDING = (
     (1.878784, -1.249618, 0.370910),
     (1.875, -1.25, 0.375),
 )
-_GROWING_STEPS = {32: 4, 64: 20}  # l = 1e-6 and 2e-16
+_STEPS = {
+    32: [_GROWING] * 4 + [*_ENDING],  # l = 1e-6
+    64: [_GROWING] * 20 + [*_ENDING, _ENDING[-1]],  # l = 2e-15
+}
 
-_NEAR = 2.7  # from so many times the goal one pass tells singular values near the goal to some eps
-_FAR = 64.0  # what a pass before that takes off
+_NEAR = 2.5  # from so many times the goal one pass tells singular values near the goal to some eps
+_STOP, _FAR = 2.0, 8.0  # what a pass before that caps at: times the goal, or the bound over this
 
 
 class _Split(NamedTuple):
@@ -135,8 +138,7 @@ def msign(x: Array) -> Array:
 
     .. math:: \mathrm{msign}(W) = U V^H \quad \text{for } W = U \Sigma V^H
 
-    in 12 steps of three products of the smaller side in float32, 28 in float64. Singular values below
-    1e-6 (2e-16) of the largest one come out between 0 and 1, zeros as 0.
+    in 12 steps of three products in float32, 29 in float64. Singular values below 1e-6 (2e-15) of the largest one come out between 0 and 1, zeros as 0.
 
     Args:
         x: (..., m, n), float32, float64, complex64 or complex128, finite.
@@ -145,28 +147,33 @@ def msign(x: Array) -> Array:
     split = _Split.of(y)
     y = split.by_rows(scale(y, _over_matrix(1 / power_of_two(_largest_entry(y)))))
     bound = _bound(split, y)
-    return back(_msign(split, y / _over_matrix(jnp.where(bound > 0, 1.001 * bound, 1)).astype(y.dtype)))
+    return back(_msign(split, y / _over_matrix(jnp.where(bound > 0, bound, 1)).astype(y.dtype)))
 
 
 def _msign(split: _Split, x: Array) -> Array:
     """`msign` of a tall matrix of norm at most 1."""
-    steps = [_GROWING] * _GROWING_STEPS[jnp.finfo(x.dtype).bits] + list(_ENDING)
 
     def step(x: Array, abc: Array) -> tuple[Array, None]:
         a, b, c = abc.astype(x.dtype)
         square = split.inner(x, x)
         return a * x + split.product(x, b * square + c * split.inner(square, square)), None
 
-    polynomials = jnp.asarray(steps, _real(x))
+    polynomials = jnp.asarray(_STEPS[jnp.finfo(x.dtype).bits], _real(x))
     result: Array = lax.scan(step, split.by_rows(2 * x), polynomials)[0]
     return result
 
 
 def _bound(split: _Split, x: Array) -> Array:
-    """At least the largest singular value, at most ``n^(1/8)`` times that: ``|(x^H x)^2|_F^(1/4)``."""
-    gram = split.inner(x, x)
-    squares = jnp.sum(jnp.abs(split.inner(gram, gram)) ** 2, axis=(-2, -1))
-    return jnp.sqrt(jnp.sqrt(jnp.sqrt(squares)))
+    """At least the largest singular value, at most ``n^(1/32)`` times that: ``|(x^H x)^8|_F^(1/16)``."""
+    power, units = split.inner(x, x), []
+    for _ in range(3):
+        units.append(power_of_two(_largest_entry(power)))
+        power = scale(power, _over_matrix(1 / units[-1]))
+        power = split.inner(power, power)
+    norm = jnp.sqrt(jnp.sum(jnp.abs(power) ** 2, axis=(-2, -1)))
+    for unit in reversed(units):
+        norm = jnp.sqrt(norm) * unit
+    return jnp.sqrt(norm) * 1.001
 
 
 def _eigenvalue_signs(split: _Split, x: Array) -> Array:
@@ -275,10 +282,10 @@ def _cap(
 
 
 def _nearer(split: _Split, method: Method, now: _Pass) -> _Pass:
-    """Cap at the goal, or from far outside first at twice the goal, or 1/64 of the bound."""
+    """Cap at the goal, or from far outside first at twice the goal, or 1/8 of the bound."""
     far = now.bound > _NEAR * now.goal
     ends = ~jnp.any(far)
-    cap = jnp.where(far, jnp.maximum(2 * now.goal, now.bound / _FAR), now.goal)
+    cap = jnp.where(far, jnp.maximum(_STOP * now.goal, now.bound / _FAR), now.goal)
     gram = split.inner(now.value, now.value)
     square = _over_matrix(cap * cap)
     beyond = gram - scale(_identity(gram), square)
@@ -294,7 +301,7 @@ def _nearer(split: _Split, method: Method, now: _Pass) -> _Pass:
     return _Pass(
         scale(value, _over_matrix(1 / unit)),
         now.goal / unit,
-        jnp.where(far, 1.2 * cap, now.bound) / unit,
+        jnp.where(far, 1.01 * cap, now.bound) / unit,
         now.unit * unit,
         now.change + change + split.product(now.change, change),
         outside,
@@ -360,7 +367,7 @@ def largest_singular_value(x: Array, *, method: Method | None = None) -> Array:
     """The largest singular value (...) of each matrix (..., m, n), NaN where an entry is not finite.
 
     By products it is ``|W v|`` for v from 20 squarings of the Gram matrix, so never above it, but for rounding,
-    and at most 1e-6 below; else by LAPACK's eigenvalues.
+    and at most 2e-6 below; else by LAPACK's eigenvalues.
     """
     return _by_platform(_largest, method, x)
 
