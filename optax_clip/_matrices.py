@@ -7,7 +7,7 @@ what is split: no device holds or is sent a whole matrix.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -46,7 +46,7 @@ _STOP, _FAR = 2.0, 8.0  # what a pass before that caps at: times the goal, or th
 
 
 class _Split(NamedTuple):
-    """Which axes of a mesh split the batch and the rows of a matrix, and products that keep it so."""
+    """Which axes of a mesh split the batch and the rows of matrices, and products that keep it so."""
 
     mesh: Any = None
     batch: tuple[tuple[str, ...], ...] = ()
@@ -54,7 +54,7 @@ class _Split(NamedTuple):
 
     @classmethod
     def of(cls, x: Array) -> "_Split":
-        """Each axis of the mesh goes to the first dimension that it divides.
+        """An axis of the mesh splits the batch if it can, else the rows if it divides both sides.
 
         On an Explicit mesh that is each axis that splits the matrix, on an Auto one each axis at all, as
         the types do not tell.
@@ -63,29 +63,30 @@ class _Split(NamedTuple):
         kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
         used = {name for part in spec if part for name in ((part,) if isinstance(part, str) else part)}
         explicit = AxisType.Explicit in kinds.values()
-        sizes, taken = [*x.shape[:-2], math.gcd(*x.shape[-2:])], [()] * (x.ndim - 1)
-        for name in (n for n, kind in kinds.items() if (n in used if explicit else kind == AxisType.Auto)):
-            for i, size in enumerate(sizes):
-                if size % mesh.shape[name] == 0:
-                    sizes[i], taken[i] = size // mesh.shape[name], (*taken[i], name)
-                    break
-        return cls(mesh, tuple(taken[:-1]), taken[-1]) if any(taken) else cls()
+        left = [n for n, kind in kinds.items() if (n in used if explicit else kind == AxisType.Auto)]
+        batch = []
+        for size in x.shape[:-2]:
+            batch.append(_dividing(mesh, left, size))
+            left = [name for name in left if name not in batch[-1]]
+        rows = _dividing(mesh, left, math.gcd(*x.shape[-2:]))
+        return cls(mesh, tuple(batch), rows) if rows or any(batch) or explicit and used else cls()
 
-    def sharding(self, *matrix: Any) -> NamedSharding | None:
+    def sharding(self, *matrix: tuple[str, ...]) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(*(axes or None for axes in (*self.batch, *matrix))))
+
+    @property
+    def explicit(self) -> bool:
+        return self.mesh is not None and AxisType.Explicit in self.mesh.axis_types
+
+    def put(self, x: Array, rows: tuple[str, ...] = (), columns: tuple[str, ...] = ()) -> Array:
         if self.mesh is None:
-            return None
-        return NamedSharding(self.mesh, PartitionSpec(*(axes or None for axes in self.batch), *matrix))
-
-    def put(self, x: Array, *matrix: Any) -> Array:
-        sharding = self.sharding(*matrix)
-        if sharding is None:
             return x
-        if AxisType.Explicit in sharding.mesh.axis_types:
-            return jax.sharding.reshard(x, sharding)
-        return lax.with_sharding_constraint(x, sharding)
+        place = jax.sharding.reshard if self.explicit else lax.with_sharding_constraint
+        placed: Array = place(x, self.sharding(rows, columns))
+        return placed
 
     def by_rows(self, x: Array) -> Array:
-        return self.put(x, self.rows or None, None)
+        return self.put(x, self.rows)
 
     def inner(self, a: Array, b: Array) -> Array:
         """``a^H b``, a sum over rows."""
@@ -93,13 +94,20 @@ class _Split(NamedTuple):
 
     def product(self, a: Array, b: Array) -> Array:
         """``a b``, a sum over the columns of a."""
-        return self._sum("...ik,...kj->...ij", self.put(a, None, self.rows or None), self.by_rows(b))
+        return self._sum("...ik,...kj->...ij", self.put(a, (), self.rows), self.by_rows(b))
 
     def _sum(self, axes: str, a: Array, b: Array) -> Array:
-        sharding = self.sharding(self.rows or None, None)
-        explicit = sharding is not None and AxisType.Explicit in sharding.mesh.axis_types
-        place = {"out_sharding": sharding} if explicit else {}
+        place = {"out_sharding": self.sharding(self.rows, ())} if self.explicit else {}
         return self.by_rows(jnp.einsum(axes, a, b, precision=lax.Precision.HIGHEST, **place))
+
+
+def _dividing(mesh: Any, names: Sequence[str], size: int) -> tuple[str, ...]:
+    """The axes that split a dimension of that size evenly, the first ones first."""
+    taken: list[str] = []
+    for name in names:
+        if size % mesh.shape[name] == 0:
+            taken, size = [*taken, name], size // mesh.shape[name]
+    return tuple(taken)
 
 
 def _adjoint(x: Array) -> Array:
@@ -178,7 +186,7 @@ def _bound(split: _Split, x: Array) -> Array:
 
 def _eigenvalue_signs(split: _Split, x: Array) -> Array:
     """The sign of a Hermitian matrix, by LAPACK's decomposition of the whole."""
-    values, vectors = jnp.linalg.eigh(split.put(x, None, None), symmetrize_input=False)
+    values, vectors = jnp.linalg.eigh(split.put(x), symmetrize_input=False)
     signed = vectors * jnp.sign(values)[..., None, :].astype(x.dtype)
     return split.by_rows(jnp.matmul(signed, _adjoint(vectors), precision=lax.Precision.HIGHEST))
 
@@ -232,19 +240,18 @@ def _capped(x: Array, limit: Array, *, method: Method, landing: bool) -> Array:
     finite = jnp.all(jnp.isfinite(y), axis=(-2, -1))
     y = jnp.where(_over_matrix(finite), y, 0)
     peak = lax.stop_gradient(_largest_entry(y))
-    aim, least = _aim(limit, peak, x.dtype) if landing else (limit, limit)
+    aim = _aim(limit, peak, x.dtype) if landing else limit
     new, reaches = _cap(split, y, aim, peak, method)
-    move = _over_matrix(finite & (reaches > least))
+    move = _over_matrix(finite & (reaches > limit))
     capped = _placed_like(split.by_rows(back(new)), x)
     return jnp.where(move, capped.astype(x.dtype), x)
 
 
-def _aim(limit: Array, peak: Array, dtype: Any) -> tuple[Array, Array]:
-    """Where to cap so as to land inside after rounding, and from where on to cap at all."""
+def _aim(limit: Array, peak: Array, dtype: Any) -> Array:
+    """Where to cap so as to land inside after rounding."""
     eps, own = float(jnp.finfo(dtype).eps), float(jnp.finfo(limit.dtype).eps)
     # Far outside the rounding of the update outgrows the ball; half of it is enough to aim inside.
-    aim = jnp.maximum(limit * (1 - 2 * eps - 2 * own) - peak * (eps / 4), limit / 2)
-    return aim, limit * (1 - 16 * own)
+    return jnp.maximum(limit * (1 - 2 * eps - 2 * own) - peak * (eps / 4), limit / 2)
 
 
 class _Pass(NamedTuple):
@@ -379,7 +386,7 @@ def _largest(x: Array, *, method: Method) -> Array:
     y = split.by_rows(scale(y, _over_matrix(1 / unit)))
     gram = split.inner(y, y)
     if method == "eigh":
-        values = jnp.linalg.eigvalsh(split.put(gram, None, None), symmetrize_input=False)
+        values = jnp.linalg.eigvalsh(split.put(gram), symmetrize_input=False)
         return jnp.sqrt(jnp.maximum(jnp.max(values, axis=-1), 0)) * unit
 
     def square(power: Array, _: None) -> tuple[Array, None]:
