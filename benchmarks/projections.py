@@ -101,12 +101,25 @@ def run(*, smoke: bool) -> list[Row]:
     for name, x in matrices.items():
         for factor in (1.2, 30.0):
             radius = float(np.linalg.norm(x, 2)) / factor
-            pair = projection(optax_clip.spectral_ball(radius)), functools.partial(svd, radius=radius)
-            label = f"spectral, {name}, {factor:g} r"
-            rows.append(row(label, pair, exact_spectral, x, radius, repeats))
+            for method in ("eigh", "polar"):
+                ball = optax_clip.spectral_ball(radius, method=method)
+                pair = projection(ball), functools.partial(svd, radius=radius)
+                label = f"{method}, {name}, {factor:g} r"
+                rows.append(row(label, pair, exact_spectral, x, radius, repeats))
         first, second = medians([power_step(x, radius), pair[0]], x, repeats)
-        label = "  one power iteration, exact"
-        rows.append(show(label, first, second))
+        rows.append(show("  one power iteration, polar", first, second))
+    return rows + methods((8, 16) if smoke else (64, 128, 256, 512, 1024), 1 if smoke else 3)
+
+
+def methods(sides: tuple[int, ...], repeats: int) -> list[Row]:
+    """Products against LAPACK for square matrices just outside the ball."""
+    print(f"\n{'':32}{'polar, ms':>9}{'eigh':>9}{'ratio':>7}{'polar error':>11}{'eigh':>9}")
+    rows = []
+    for side in sides:
+        x = np.random.default_rng(0).normal(size=(side, side)).astype(np.float32)
+        radius = float(np.linalg.norm(x, 2)) / 1.2
+        pair = [projection(optax_clip.spectral_ball(radius, method=m)) for m in ("polar", "eigh")]
+        rows.append(row(f"polar and eigh, {side} x {side}", pair, exact_spectral, x, radius, repeats))
     return rows
 
 

@@ -7,7 +7,7 @@ what is split: no device holds or is sent a whole matrix.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -43,14 +43,17 @@ _ENDING = (
     (1.878784, -1.249618, 0.370910),
     (1.875, -1.25, 0.375),
 )
-_GROWING_STEPS = {32: 4, 64: 20}  # l = 1e-6 and 2e-16
+_STEPS = {
+    32: [_GROWING] * 4 + [*_ENDING],  # l = 1e-6
+    64: [_GROWING] * 20 + [*_ENDING, _ENDING[-1]],  # l = 2e-15
+}
 
-_NEAR = 2.7  # from so many times the goal one pass tells singular values near the goal to some eps
-_FAR = 64.0  # what a pass before that takes off
+_NEAR = 2.5  # from so many times the goal one pass tells singular values near the goal to some eps
+_STOP, _FAR = 2.0, 8.0  # what a pass before that caps at: times the goal, or the bound over this
 
 
 class _Split(NamedTuple):
-    """Which axes of a mesh split the batch and the rows of a matrix, and products that keep it so."""
+    """Which axes of a mesh split the batch and the rows of matrices, and products that keep it so."""
 
     mesh: Any = None
     batch: tuple[tuple[str, ...], ...] = ()
@@ -58,7 +61,7 @@ class _Split(NamedTuple):
 
     @classmethod
     def of(cls, x: Array) -> "_Split":
-        """Each axis of the mesh goes to the first dimension that it divides.
+        """An axis of the mesh splits the batch if it can, else the rows if it divides both sides.
 
         On an Explicit mesh that is each axis that splits the matrix, on an Auto one each axis at all, as
         the types do not tell.
@@ -67,29 +70,30 @@ class _Split(NamedTuple):
         kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
         used = {name for part in spec if part for name in ((part,) if isinstance(part, str) else part)}
         explicit = AxisType.Explicit in kinds.values()
-        sizes, taken = [*x.shape[:-2], math.gcd(*x.shape[-2:])], [()] * (x.ndim - 1)
-        for name in (n for n, kind in kinds.items() if (n in used if explicit else kind == AxisType.Auto)):
-            for i, size in enumerate(sizes):
-                if size % mesh.shape[name] == 0:
-                    sizes[i], taken[i] = size // mesh.shape[name], (*taken[i], name)
-                    break
-        return cls(mesh, tuple(taken[:-1]), taken[-1]) if any(taken) else cls()
+        left = [n for n, kind in kinds.items() if (n in used if explicit else kind == AxisType.Auto)]
+        batch = []
+        for size in x.shape[:-2]:
+            batch.append(_dividing(mesh, left, size))
+            left = [name for name in left if name not in batch[-1]]
+        rows = _dividing(mesh, left, math.gcd(*x.shape[-2:]))
+        return cls(mesh, tuple(batch), rows) if rows or any(batch) or explicit and used else cls()
 
-    def sharding(self, *matrix: Any) -> NamedSharding | None:
+    def sharding(self, *matrix: tuple[str, ...]) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(*(axes or None for axes in (*self.batch, *matrix))))
+
+    @property
+    def explicit(self) -> bool:
+        return self.mesh is not None and AxisType.Explicit in self.mesh.axis_types
+
+    def put(self, x: Array, rows: tuple[str, ...] = (), columns: tuple[str, ...] = ()) -> Array:
         if self.mesh is None:
-            return None
-        return NamedSharding(self.mesh, PartitionSpec(*(axes or None for axes in self.batch), *matrix))
-
-    def put(self, x: Array, *matrix: Any) -> Array:
-        sharding = self.sharding(*matrix)
-        if sharding is None:
             return x
-        if AxisType.Explicit in sharding.mesh.axis_types:
-            return jax.sharding.reshard(x, sharding)
-        return lax.with_sharding_constraint(x, sharding)
+        place = jax.sharding.reshard if self.explicit else lax.with_sharding_constraint
+        placed: Array = place(x, self.sharding(rows, columns))
+        return placed
 
     def by_rows(self, x: Array) -> Array:
-        return self.put(x, self.rows or None, None)
+        return self.put(x, self.rows)
 
     def inner(self, a: Array, b: Array) -> Array:
         """``a^H b``, a sum over rows."""
@@ -97,13 +101,20 @@ class _Split(NamedTuple):
 
     def product(self, a: Array, b: Array) -> Array:
         """``a b``, a sum over the columns of a."""
-        return self._sum("...ik,...kj->...ij", self.put(a, None, self.rows or None), self.by_rows(b))
+        return self._sum("...ik,...kj->...ij", self.put(a, (), self.rows), self.by_rows(b))
 
     def _sum(self, axes: str, a: Array, b: Array) -> Array:
-        sharding = self.sharding(self.rows or None, None)
-        explicit = sharding is not None and AxisType.Explicit in sharding.mesh.axis_types
-        place = {"out_sharding": sharding} if explicit else {}
+        place = {"out_sharding": self.sharding(self.rows, ())} if self.explicit else {}
         return self.by_rows(jnp.einsum(axes, a, b, precision=lax.Precision.HIGHEST, **place))
+
+
+def _dividing(mesh: Any, names: Sequence[str], size: int) -> tuple[str, ...]:
+    """The axes that split a dimension of that size evenly, the first ones first."""
+    taken: list[str] = []
+    for name in names:
+        if size % mesh.shape[name] == 0:
+            taken, size = [*taken, name], size // mesh.shape[name]
+    return tuple(taken)
 
 
 def _adjoint(x: Array) -> Array:
@@ -142,8 +153,7 @@ def msign(x: Array) -> Array:
 
     .. math:: \mathrm{msign}(W) = U V^H \quad \text{for } W = U \Sigma V^H
 
-    in 12 steps of three products of the smaller side in float32, 28 in float64. Singular values below
-    1e-6 (2e-16) of the largest one come out between 0 and 1, zeros as 0.
+    in 12 steps of three products in float32, 29 in float64. Singular values below 1e-6 (2e-15) of the largest one come out between 0 and 1, zeros as 0.
 
     Args:
         x: (..., m, n), float32, float64, complex64 or complex128, finite.
@@ -152,33 +162,38 @@ def msign(x: Array) -> Array:
     split = _Split.of(y)
     y = split.by_rows(scale(y, _over_matrix(1 / power_of_two(_largest_entry(y)))))
     bound = _bound(split, y)
-    return back(_msign(split, y / _over_matrix(jnp.where(bound > 0, 1.001 * bound, 1)).astype(y.dtype)))
+    return back(_msign(split, y / _over_matrix(jnp.where(bound > 0, bound, 1)).astype(y.dtype)))
 
 
 def _msign(split: _Split, x: Array) -> Array:
     """`msign` of a tall matrix of norm at most 1."""
-    steps = [_GROWING] * _GROWING_STEPS[jnp.finfo(x.dtype).bits] + list(_ENDING)
 
     def step(x: Array, abc: Array) -> tuple[Array, None]:
         a, b, c = abc.astype(x.dtype)
         square = split.inner(x, x)
         return a * x + split.product(x, b * square + c * split.inner(square, square)), None
 
-    polynomials = jnp.asarray(steps, _real(x))
+    polynomials = jnp.asarray(_STEPS[jnp.finfo(x.dtype).bits], _real(x))
     result: Array = lax.scan(step, split.by_rows(2 * x), polynomials)[0]
     return result
 
 
 def _bound(split: _Split, x: Array) -> Array:
-    """At least the largest singular value, at most ``n^(1/8)`` times that: ``|(x^H x)^2|_F^(1/4)``."""
-    gram = split.inner(x, x)
-    squares = jnp.sum(jnp.abs(split.inner(gram, gram)) ** 2, axis=(-2, -1))
-    return jnp.sqrt(jnp.sqrt(jnp.sqrt(squares)))
+    """At least the largest singular value, at most ``n^(1/32)`` times that: ``|(x^H x)^8|_F^(1/16)``."""
+    power, units = split.inner(x, x), []
+    for _ in range(3):
+        units.append(power_of_two(_largest_entry(power)))
+        power = scale(power, _over_matrix(1 / units[-1]))
+        power = split.inner(power, power)
+    norm = jnp.sqrt(jnp.sum(jnp.abs(power) ** 2, axis=(-2, -1)))
+    for unit in reversed(units):
+        norm = jnp.sqrt(norm) * unit
+    return jnp.sqrt(norm) * 1.001
 
 
 def _eigenvalue_signs(split: _Split, x: Array) -> Array:
     """The sign of a Hermitian matrix, by LAPACK's decomposition of the whole."""
-    values, vectors = jnp.linalg.eigh(split.put(x, None, None), symmetrize_input=False)
+    values, vectors = jnp.linalg.eigh(split.put(x), symmetrize_input=False)
     signed = vectors * jnp.sign(values)[..., None, :].astype(x.dtype)
     return split.by_rows(jnp.matmul(signed, _adjoint(vectors), precision=lax.Precision.HIGHEST))
 
@@ -232,19 +247,18 @@ def _capped(x: Array, limit: Array, *, method: Method, landing: bool) -> Array:
     finite = jnp.all(jnp.isfinite(y), axis=(-2, -1))
     y = jnp.where(_over_matrix(finite), y, 0)
     peak = lax.stop_gradient(_largest_entry(y))
-    aim, least = _aim(limit, peak, x.dtype) if landing else (limit, limit)
+    aim = _aim(limit, peak, x.dtype) if landing else limit
     new, reaches = _cap(split, y, aim, peak, method)
-    move = _over_matrix(finite & (reaches > least))
+    move = _over_matrix(finite & (reaches > limit))
     capped = _placed_like(split.by_rows(back(new)), x)
     return jnp.where(move, capped.astype(x.dtype), x)
 
 
-def _aim(limit: Array, peak: Array, dtype: Any) -> tuple[Array, Array]:
-    """Where to cap so as to land inside after rounding, and from where on to cap at all."""
+def _aim(limit: Array, peak: Array, dtype: Any) -> Array:
+    """Where to cap so as to land inside after rounding."""
     eps, own = float(jnp.finfo(dtype).eps), float(jnp.finfo(limit.dtype).eps)
     # Far outside the rounding of the update outgrows the ball; half of it is enough to aim inside.
-    aim = jnp.maximum(limit * (1 - 2 * eps - 2 * own) - peak * (eps / 4), limit / 2)
-    return aim, limit * (1 - 16 * own)
+    return jnp.maximum(limit * (1 - 2 * eps - 2 * own) - peak * (eps / 4), limit / 2)
 
 
 class _Pass(NamedTuple):
@@ -282,10 +296,10 @@ def _cap(
 
 
 def _nearer(split: _Split, method: Method, now: _Pass) -> _Pass:
-    """Cap at the goal, or from far outside first at twice the goal, or 1/64 of the bound."""
+    """Cap at the goal, or from far outside first at twice the goal, or 1/8 of the bound."""
     far = now.bound > _NEAR * now.goal
     ends = ~jnp.any(far)
-    cap = jnp.where(far, jnp.maximum(2 * now.goal, now.bound / _FAR), now.goal)
+    cap = jnp.where(far, jnp.maximum(_STOP * now.goal, now.bound / _FAR), now.goal)
     gram = split.inner(now.value, now.value)
     square = _over_matrix(cap * cap)
     beyond = gram - scale(_identity(gram), square)
@@ -301,7 +315,7 @@ def _nearer(split: _Split, method: Method, now: _Pass) -> _Pass:
     return _Pass(
         scale(value, _over_matrix(1 / unit)),
         now.goal / unit,
-        jnp.where(far, 1.2 * cap, now.bound) / unit,
+        jnp.where(far, 1.01 * cap, now.bound) / unit,
         now.unit * unit,
         now.change + change + split.product(now.change, change),
         outside,
@@ -367,7 +381,7 @@ def largest_singular_value(x: Array, *, method: Method | None = None) -> Array:
     """The largest singular value (...) of each matrix (..., m, n), NaN where an entry is not finite.
 
     By products it is ``|W v|`` for v from 20 squarings of the Gram matrix, so never above it, but for rounding,
-    and at most 1e-6 below; else by LAPACK's eigenvalues.
+    and at most 2e-6 below; else by LAPACK's eigenvalues.
     """
     return _by_platform(_largest, method, x)
 
@@ -379,7 +393,7 @@ def _largest(x: Array, *, method: Method) -> Array:
     y = split.by_rows(scale(y, _over_matrix(1 / unit)))
     gram = split.inner(y, y)
     if method == "eigh":
-        values = jnp.linalg.eigvalsh(split.put(gram, None, None), symmetrize_input=False)
+        values = jnp.linalg.eigvalsh(split.put(gram), symmetrize_input=False)
         return jnp.sqrt(jnp.maximum(jnp.max(values, axis=-1), 0)) * unit
 
     def square(power: Array, _: None) -> tuple[Array, None]:

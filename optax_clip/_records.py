@@ -12,6 +12,8 @@ from optax_clip import _validate
 from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes
 from optax_clip._validate import AxisName
 
+__all__ = ["RecordedState"]
+
 # The packed entries of a state, and the metrics that they hold in this order.
 GAUGES = {
     "norms": ("norm_before", "norm_after", "threshold", "fraction"),

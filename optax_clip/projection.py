@@ -216,6 +216,8 @@ def _measured_then_landed(how: _How, ps: list[Array], us: list[Array], memory: A
     marks = how.constraint.outside(how.scopes.alone([add_as_apply_updates(*pair) for pair in again]), memory)
     squares = [jnp.sum(gap * gap) for gap in gaps]
     counts = [jnp.sum(_cpu.indicator(gap)) for gap in marks]
+    broken = functools.reduce(jnp.logical_or, map(jnp.isnan, counts), jnp.array(False))
+    counts = _cpu.cond(broken, lambda: [jnp.sum(~(gap <= 0), dtype=x.dtype) for gap, x in zip(gaps, counts, strict=True)], lambda: counts)
     us, moved = lax.optimization_barrier((us, _over_all(how, ps, squares, counts)))
     new, memory, _ = _landed(how._replace(record=False), ps, us, memory)
     return new, memory, moved

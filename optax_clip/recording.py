@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_clip._records import FIELDS, PARTS
+from optax_clip._records import FIELDS, PARTS, RecordedState
 
-__all__ = ["metrics"]
+__all__ = ["RecordedState", "metrics"]
 
 
 def metrics(opt_state: Any) -> dict[str, jax.Array]:

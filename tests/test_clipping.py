@@ -623,7 +623,7 @@ def spy(limit):
 
 
 # Norms of gradients() in the order of its leaves: bias, kernel, and the int leaf, which has none.
-SEEN = {"global": [13.0], "leaf": [[12.0, 5.0, 0.0]], "unit": [[12.0], [[5.0, 0.0]]]}
+SEEN = {"global": [13.0], "leaf": [[12.0, 5.0, 0.0]], "unit": [[12.0, 5.0, 0.0]]}
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -633,7 +633,7 @@ def test_what_a_rule_is_given(scope):
     tree = gradients("float32")
     updates, state = tx.update(tree, tx.init(tree), gradients("float32", 2.0))
     assert_close(updates, reference.clip_by_norm(tree, 6.5, scope)[0])
-    assert len(calls) == len(SEEN[scope])
+    assert len(calls) == 1
     for (norms, param_norms, total), expected in zip(calls, SEEN[scope], strict=True):
         assert norms.dtype == param_norms.dtype == total.dtype == "float32"
         assert norms.tolist() == expected and total == 13.0

@@ -291,26 +291,31 @@ SHAPES = [
 ]
 
 
+METHODS = ["eigh", "polar"]
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("top", [0.9, 1.2, 30.0, 1000.0])
 @pytest.mark.parametrize(("shape", "rank"), SHAPES, ids=str)
-def test_the_spectral_ball_is_the_nearest_point(shape, rank, top):
+def test_the_spectral_ball_is_the_nearest_point(shape, rank, top, method):
     x = matrix(shape, rank, top, F32)
-    constraint = optax_clip.spectral_ball(1.0)
+    constraint = optax_clip.spectral_ball(1.0, method=method)
     projected = jax.jit(lambda x: optax_clip.project(x, constraint))(x)
     if top < 1:
         np.testing.assert_array_equal(projected, x)
     exact = reference.project([x], "spectral_ball", radius=1.0)[0]
-    # A Gram matrix squares the values: what is 1000 times smaller than the largest is less exact.
-    np.testing.assert_allclose(projected, exact, atol=1e-4 if top <= 30 else 1e-3)
-    assert values_of(projected).max() <= 1
-    assert optax_clip.violation(projected, constraint) == 0
+    # Far outside the rounding of the matrix itself counts: 1000 times outside it is 1e-4 of the radius.
+    atol = {1.2: 8 * eps(F32), 30.0: 1e-5, 1000.0: 3e-4}.get(top, 0)
+    np.testing.assert_allclose(projected, exact, rtol=0, atol=atol)
+    assert values_of(projected).max() <= 1 + 4 * eps(F32)
+    assert optax_clip.violation(projected, constraint) <= 4 * eps(F32)
     assert optax_clip.violation(x, constraint) == pytest.approx(max(top - 1, 0), rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("top", [1e6, 1e30])
 def test_matrices_enormously_far_outside_land_in_the_spectral_ball(top):
-    for power in (None, 2):
-        constraint = optax_clip.spectral_ball(1.0, power_iterations=power)
+    for way in (*({"method": method} for method in METHODS), {"power_iterations": 2}):
+        constraint = optax_clip.spectral_ball(1.0, **way)
         projected = optax_clip.project(jnp.full((4, 4), top), constraint)
         assert 0.49 <= values_of(projected).max() <= 1
 
@@ -318,17 +323,18 @@ def test_matrices_enormously_far_outside_land_in_the_spectral_ball(top):
 @pytest.mark.parametrize("dtype", DTYPES, **BY_NAME)
 @pytest.mark.parametrize("start", [0.5, 1.0, 30.0])
 @pytest.mark.parametrize(("shape", "rank"), SHAPES[::2], ids=str)
-def test_weights_land_in_the_spectral_ball(shape, rank, start, dtype):
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_land_in_the_spectral_ball(shape, rank, start, dtype, method):
     params = {"kernel": matrix(shape, rank, start, dtype), "bias": jnp.full(3, 9, dtype)}
     updates = {"kernel": 0.5 * matrix(shape, None, 1.0, dtype), "bias": jnp.ones(3, dtype)}
-    constraint = optax_clip.spectral_ball(1.0)
+    constraint = optax_clip.spectral_ball(1.0, method=method)
     for _ in range(3):
         params = step(constraint, params, updates)
         assert values_of(params["kernel"]).max() <= 1 + 4 * eps(dtype)
     np.testing.assert_array_equal(wide(params["bias"]), 12.0)
     assert params["kernel"].dtype == dtype
     # They come to rest at the radius, not far inside.
-    assert values_of(params["kernel"]).max() >= 1 - (4 * eps(dtype) + 40 * eps(F32))
+    assert values_of(params["kernel"]).max() >= 1 - (4 * eps(dtype) + 8 * eps(F32))
 
 
 @pytest.mark.parametrize("power", [None, 2])
@@ -373,9 +379,9 @@ def test_power_iterations_go_on_from_the_last_vector():
     assert warm - 1 < (cold - 1) / 2
 
 
-@pytest.mark.parametrize("power", [None, 2])
-def test_edges_of_the_spectral_ball(power):
-    ball = functools.partial(optax_clip.spectral_ball, power_iterations=power)
+@pytest.mark.parametrize("way", [*({"method": m} for m in METHODS), {"power_iterations": 2}], ids=str)
+def test_edges_of_the_spectral_ball(way):
+    ball = functools.partial(optax_clip.spectral_ball, **way)
     for x in (jnp.zeros((3, 2)), jnp.zeros((0, 2)), jnp.array(9.0), jnp.array([9.0, 9.0])):
         np.testing.assert_array_equal(optax_clip.project(x, ball(1.0)), x)
     np.testing.assert_array_equal(optax_clip.project(jnp.ones((2, 2)), ball(0.0)), 0)
@@ -461,6 +467,11 @@ def test_a_tree_of_bounds_is_a_prefix_of_the_weights():
         (lambda: optax_clip.norm_shell(-1.0, 1.0), "lower=-1.0"),
         (lambda: optax_clip.norm_ball({"a": "1"}), r"radius\['a'\]='1'"),
         (lambda: optax_clip.spectral_ball(1.0, power_iterations=0), "power_iterations=0"),
+        (lambda: optax_clip.spectral_ball(1.0, method="svd"), "method='svd'"),
+        (
+            lambda: optax_clip.spectral_ball(1.0, method="polar", power_iterations=1),
+            "not both, got method='polar' and power_iterations=1",
+        ),
         (lambda: optax_clip.spectral_ball(1.0, power_iterations=1.5), "power_iterations=1.5"),
         (lambda: optax_clip.init_box(-1.0), "kappa=-1.0"),
         (lambda: optax_clip.init_box(float("inf")), "kappa=inf"),

@@ -196,9 +196,13 @@ def _inwards(x: Array, low: Any, high: Any) -> tuple[Array, Array]:
 
 
 def _gap(x: Array, low: Array, high: Array) -> Array:
+    """How far each entry is outside; infinity counts as the largest number, on both sides."""
     wide = accumulator([x])
-    y = widen(x, wide)
-    return jnp.maximum(jnp.maximum(low.astype(wide) - y, y - high.astype(wide)), 0)
+    most = float(jnp.finfo(wide).max)
+    y, low, high = widen(x, wide), low.astype(wide), high.astype(wide)
+    below = jnp.maximum(low, -most) - jnp.maximum(y, -most)
+    above = jnp.minimum(y, most) - jnp.minimum(high, most)
+    return jnp.maximum(jnp.maximum(below, above), 0)
 
 
 def _largest(x: Any) -> Array:

@@ -37,18 +37,20 @@ def spectral_ball(
     .. math:: P(W) = U \min(\Sigma, r) V^H \quad \text{for } W = U \Sigma V^H, \qquad
         W \min(1, r / \sigma), \quad \sigma \approx \|W\|_2
 
-    The nearest point takes two products with the matrix, some 20 of the smaller Gram matrix, and the sign of a
-    Hermitian matrix of that size, which the methods find differently: ``"polar"`` by 36 more products
-    (84 in float64), ``"eigh"`` by LAPACK's eigendecomposition. From more than 2.7 times outside it is done
-    in two stages, from more than 100 in three and so on. Power iterations cost 2 k products of the matrix with a vector.
-    They go on, each step, from the vector of the last, and find σ from below: weights approach the ball
-    over some steps rather than land in it.
+    The nearest point takes two products with the matrix, some 20 with the smaller Gram matrix, and the sign
+    of a Hermitian matrix of that size, which the methods find differently: ``"polar"`` by 36 more products
+    (87 in float64), ``"eigh"`` by LAPACK's eigendecomposition. From more than 2.5 times outside it takes
+    two passes, and one more for each further factor of 8.
+
+    Power iterations cost 2 k products of the matrix with a vector. They go on, each step, from the vector of
+    the last, and find σ from below: weights approach the ball over some steps rather than land in it.
 
     Args:
         radius: the largest singular value r >= 0: a number, an array that broadcasts to the batch of
             matrices of each leaf, a tree of these that is a prefix of the weights, a formula
             ``(path, leaf) -> number``, or `initial` for a multiple of the largest singular value at init.
-        method: ``"polar"`` or ``"eigh"``; None for ``"eigh"`` on CPU and ``"polar"`` elsewhere. Static.
+        method: ``"polar"`` or ``"eigh"``; None for the faster one, ``"eigh"`` on CPU for matrices whose
+            smaller side is above 64, else ``"polar"``. Static.
         power_iterations: None for the nearest point; k >= 1 to approach the ball. Static.
         flatten: take a leaf as one matrix of ``(all but the last axis, last axis)``, the usual one of a
             convolution kernel ``(height, width, in, out)``. Static.
@@ -65,7 +67,7 @@ def spectral_ball(
         each entry of the nearest point is within 1e-5 of the radius up to 30 times outside.
         Power iterations from `project`, which remembers no vector, are 30 more. Derivatives take the
         singular vectors as constants. On a mesh ``"polar"`` splits every product over the devices and
-        gathers nothing; ``"eigh"`` decomposes the Gram matrix on each device. On CPU ``"eigh"`` is up to 100
+        gathers no matrix, where the axes divide both sides; ``"eigh"`` decomposes the Gram matrix on each device. On CPU ``"eigh"`` is up to 100
         times slower while other processes use the cores, because LAPACK's threads wait for each other:
         set ``OPENBLAS_NUM_THREADS=1`` then.
 
