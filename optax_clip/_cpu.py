@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from optax_clip._mesh import all_devices_agree
-from optax_clip._numerics import broadcast_like, scale, straight_through, widen
+from optax_clip._numerics import broadcast_like, scale, straight_through
 
 T = TypeVar("T")
 
@@ -75,12 +75,12 @@ def apart(*parts: Array) -> tuple[Array, ...]:
     return whole
 
 
-def sums_in_range(powers: Any, xs: list[Array]) -> tuple[list[Array], list[Array]]:
+def sums_in_range(powers: Any, parts: list[tuple[Array, ...]]) -> tuple[list[Array], list[Array]]:
     """A fast sum, and a second one with each scope brought into range only where the first is not to
     be trusted: the extra sums of the formula would each cost a read."""
-    plain = powers.terms([apart(x)[0] for x in xs])
+    plain = powers.sum([powers.wide(*apart(*part)) for part in parts])
     ones = [jnp.ones_like(s) for s in plain]
-    if powers.never_out_of_range(xs):
+    if powers.never_out_of_range(parts):
         return plain, ones
     bad = powers.out_of_range(plain)
     trusted = [~jnp.any(high | low) for high, low in bad]
@@ -90,9 +90,9 @@ def sums_in_range(powers: Any, xs: list[Array]) -> tuple[list[Array], list[Array
         scales = [
             jnp.where(high, small, jnp.where(low, large, 1)).astype(powers.dtype) for high, low in bad
         ]
-        pairs = zip(xs, powers.scopes.per_leaf(scales), strict=True)
-        separate = [apart(x, k) for x, k in pairs]
-        return powers.terms([scale(widen(x, powers.dtype), k) for x, k in separate]), scales
+        pairs = zip(parts, powers.scopes.per_leaf(scales), strict=True)
+        separate = [apart(*part, k) for part, k in pairs]
+        return powers.sum([scale(powers.wide(*part), k) for *part, k in separate]), scales
 
     everywhere = all_devices_agree(functools.reduce(operator.and_, trusted, jnp.array(True)))
     return cond(everywhere, lambda: (plain, ones), again)
@@ -118,16 +118,19 @@ def _select_bits(x: Array, flag: Array, y: Array) -> Array:
     return straight_through(lax.bitcast_convert_type(chosen, x.dtype), plain)
 
 
-def indicator(gap: Array) -> Array:
+def indicator(gap: Array, zero: Array, one: Array, huge: Array) -> Array:
     """1 where ``gap > 0``, else 0, to be summed; NaN where it is NaN, less below the normal numbers.
 
     The fast sums take in arithmetic, but neither comparison nor choice, whose result is written to
-    memory first.
+    memory first. So are `constants` that two sums share: each takes its own from behind its barrier.
     """
-    zero, one, huge = lax.optimization_barrier(
-        [jnp.asarray(c, gap.dtype) for c in (0, 1, 1 / float(jnp.finfo(gap.dtype).smallest_normal))]
-    )
     return jnp.minimum(jnp.maximum(gap, zero) * huge, one)
+
+
+def constants(dtype: Any) -> tuple[Array, Array, Array]:
+    """0, 1 and a number that takes every normal one above 1."""
+    huge = 1 / float(jnp.finfo(dtype).smallest_normal)
+    return jnp.asarray(0, dtype), jnp.asarray(1, dtype), jnp.asarray(huge, dtype)
 
 
 def _selected(_: None, xs: list[Array], flags: list[Array], ys: list[Array]) -> list[Array]:

@@ -57,6 +57,11 @@ class RecordedState(NamedTuple):
     recorded: dict[str, Any]
     memory: Any
 
+    @property
+    def inner_state(self) -> Any:
+        """The state of the optimizer inside a wrapper, as Optax's own wrappers name it."""
+        return self.memory["inner_state"]
+
 
 class Report(NamedTuple):
     """What a step has to say: numbers by field, and what happened, to be counted."""

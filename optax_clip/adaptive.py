@@ -1,12 +1,15 @@
 """Algorithms from papers, each a norm, a rule and an action."""
 
+import math
 from typing import Any
 
-import numpy as np
 import optax
+from jax import Array
 from jax.typing import ArrayLike
 
 from optax_clip import _validate
+from optax_clip._mesh import varying_axes
+from optax_clip._trees import shape_of
 from optax_clip._validate import AxisName, Record, Scope
 from optax_clip.clipping import clip_by_norm
 from optax_clip.thresholds import ema_ratio, relative_to_params, window_quantile, zscore
@@ -71,9 +74,10 @@ def adaptive_grad_clip(
 
 
 def _unit_or_leaf(path: str, leaf: Any) -> str:
-    """By unit where two axes or more are longer than 1: a vector is one unit, whatever its rank."""
+    """By unit, but a vector is one unit whatever its rank; of a part of a leaf its shape does not tell."""
     del path
-    return "unit" if sum(n > 1 for n in np.shape(leaf)) > 1 else "leaf"
+    is_row = math.prod(shape_of(leaf)[:-1]) == 1 and not (isinstance(leaf, Array) and varying_axes(leaf))
+    return "leaf" if is_row else "unit"
 
 
 def autoclip(

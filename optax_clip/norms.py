@@ -189,14 +189,17 @@ def per_layer(path: str, leaf: Any) -> tuple[int, ...]:
     return tuple(range(1, len(shape_of(leaf))))
 
 
-def measure(scopes: Scopes, xs: Sequence[Array], ord: Ord) -> list[Norm]:
-    """The norm of each scope, cell by cell."""
+def measure(
+    scopes: Scopes, xs: Sequence[Array], ord: Ord, *others: Sequence[Array], read: Any = lambda x: x
+) -> list[Norm]:
+    """The norm of each scope, cell by cell, of what ``read`` makes of each leaf and its ``others``."""
     p, dtype = exponent(ord), accumulator(xs)
+    parts = list(zip(xs, *others, strict=True))
     if p == math.inf:
-        return [Norm.of(top) for top in scopes.max([modulus(widen(x, dtype)) for x in xs])]
+        return [Norm.of(top) for top in scopes.max([modulus(widen(read(*x), dtype)) for x in parts])]
     if p not in (1, 2):
-        return _power_norms(scopes, xs, p)
-    sums, scales = _sums_in_range(Powers(scopes, p, dtype), list(xs))
+        return _power_norms(scopes, [read(*x) for x in parts], p)
+    sums, scales = _sums_in_range(Powers(scopes, p, dtype, read), parts)
     means = [s / jnp.maximum(_like(n, s), 1) if ord == "rms" else s for s, n in zip(sums, scopes.counts, strict=True)]
     return [Norm.of(_root(s, p), k) for s, k in zip(means, scales, strict=True)]
 
@@ -210,6 +213,7 @@ class Powers(NamedTuple):
     scopes: Scopes
     p: float
     dtype: Any
+    read: Callable[..., Array]
 
     @property
     def small(self) -> float:
@@ -219,11 +223,14 @@ class Powers(NamedTuple):
     def large(self) -> float:
         return float(2.0 ** (5 * jnp.finfo(self.dtype).maxexp // 8))
 
-    def never_out_of_range(self, xs: Sequence[Array]) -> bool:
-        return all(jnp.finfo(x.dtype).maxexp <= 16 for x in xs)
+    def never_out_of_range(self, parts: Sequence[tuple[Array, ...]]) -> bool:
+        return all(jnp.finfo(x.dtype).maxexp <= 16 for x, *_ in parts)
 
-    def terms(self, xs: Sequence[Array]) -> Cells:
-        return self.scopes.sum([_power(widen(x, self.dtype), self.p) for x in xs])
+    def wide(self, *part: Array) -> Array:
+        return widen(self.read(*part), self.dtype)
+
+    def sum(self, xs: Sequence[Array]) -> Cells:
+        return self.scopes.sum([_power(x, self.p) for x in xs])
 
     def out_of_range(self, sums: Cells) -> list[tuple[Array, Array]]:
         """Which sums are too high, and too low to be trusted: underflow may have taken 2^-17 of them."""
@@ -234,12 +241,12 @@ class Powers(NamedTuple):
 
 
 @_cpu.instead(_cpu.sums_in_range)
-def _sums_in_range(powers: Powers, xs: list[Array]) -> tuple[Cells, Cells]:
+def _sums_in_range(powers: Powers, parts: list[tuple[Array, ...]]) -> tuple[Cells, Cells]:
     """The sums of one read: as they are, shrunk, grown; one of the three is in range."""
-    if powers.never_out_of_range(xs):
-        plain = powers.terms(xs)
+    wide = [powers.wide(*part) for part in parts]
+    if powers.never_out_of_range(parts):
+        plain = powers.sum(wide)
         return plain, [jnp.ones_like(s) for s in plain]
-    wide = [widen(x, powers.dtype) for x in xs]
     small, large = (jnp.asarray(k, powers.dtype) for k in (powers.small, powers.large))
     ways = [wide, [scale(x, small) for x in wide], [scale(_capped(x), large) for x in wide]]
     plain, shrunk, grown = powers.scopes.sums([[_power(x, powers.p) for x in way] for way in ways])

@@ -11,7 +11,7 @@ import pytest
 
 import optax_clip as oc
 from optax_clip import norms
-from optax_clip._numerics import positive, replaced
+from optax_clip import _cpu
 
 CLIPS = {
     "global": oc.clip_by_global_norm(1.0),
@@ -60,6 +60,10 @@ def test_optax_writes_the_clipped_tree(standard_promotion):
 # --- The formulations that make it so --------------------------------------------------------------
 
 
+def replaced(x, flag, y):
+    return _cpu.select([x], [flag], [y])[0]
+
+
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jitted"])
 def test_replaced_rounds_as_astype_does(jit):
     """Over all bfloat16 numbers, and float32 ones between them: bit for bit."""
@@ -89,10 +93,10 @@ def test_replaced_has_the_derivative_of_a_choice():
     np.testing.assert_array_equal(jax.grad(loss)(x), [3, 1])
 
 
-def test_positive_is_one_or_zero():
+def test_an_indicator_is_one_or_zero():
     gaps = jnp.array([-jnp.inf, -1, -0.0, 0, 2.0**-126, 1e-30, 1, 3e38, jnp.inf, jnp.nan])
     expected = [0, 0, 0, 0, 1, 1, 1, 1, 1, jnp.nan]
-    np.testing.assert_array_equal(jax.jit(lambda x: positive(lambda x: x, x))(gaps), expected)
+    np.testing.assert_array_equal(jax.jit(_cpu.indicator)(gaps, *_cpu.constants("float32")), expected)
 
 
 def test_small_leaves_are_joined_on_one_device(monkeypatch):

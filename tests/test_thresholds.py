@@ -214,7 +214,7 @@ def compiled(name):
     def step(state, norms):
         updates, state = tx.update({"a": norms[0], "b": norms[1]}, state, PARAMS)
         limit = metrics(state)["clip/threshold"]
-        return state, (jnp.stack([updates["a"], updates["b"]]), limit, state.rule_state)
+        return state, (jnp.stack([updates["a"], updates["b"]]), limit, state.memory)
 
     return jax.jit(lambda norms, state: jax.lax.scan(step, state, norms)[1])
 
@@ -223,7 +223,7 @@ def run(name, norms, rule_state=None):
     """Clipped norms, smallest limit and rule state of each step; a short run is filled up with ones."""
     start = ALGORITHMS[name][0].init(PARAMS)
     if rule_state is not None:
-        start = start._replace(rule_state=rule_state)
+        start = start._replace(memory=rule_state)
     padded = np.ones((STEPS, 2), np.float32)
     padded[: len(norms)] = norms
     results = jax.device_get(compiled(name)(padded, start))
@@ -258,7 +258,7 @@ def test_a_step_that_is_not_finite(name, bad):
     clipped, _, states = run(name, norms[:STEPS])
     for t in steps:
         assert np.isnan(clipped[t]).all()
-        before = state_at(states, t - 1) if t else ALGORITHMS[name][0].init(PARAMS).rule_state
+        before = state_at(states, t - 1) if t else ALGORITHMS[name][0].init(PARAMS).memory
         assert_same_bits(state_at(states, t), before)
     rest = np.delete(clipped, steps, axis=0)
     assert_same_bits(rest, clean(name)[0][: len(rest)])
@@ -400,7 +400,7 @@ def test_a_restart(name, steps):
     """From a checkpoint, also in mid warm-up: not a bit differs from a run without."""
     clipped, limits, states = clean(name)
     saved = serialization.to_bytes(state_at(states, steps - 1))
-    restored = serialization.from_bytes(ALGORITHMS[name][0].init(PARAMS).rule_state, saved)
+    restored = serialization.from_bytes(ALGORITHMS[name][0].init(PARAMS).memory, saved)
     now = run(name, NOISE[steps:], restored)
     assert_same_bits(now, jax.tree.map(lambda x: x[steps:], (clipped, limits, states)))
 

@@ -75,7 +75,7 @@ ORDERED = [*SCOPED, clip_by_global_norm, lambda _, **kwargs: global_norm(TREE, *
     ],
 )
 def test_limits(function, name, value, error, shown):
-    if function is clip_by_value and isinstance(value, (list, jax.Array)) and jnp.ndim(value):
+    if function is clip_by_value and (isinstance(value, list) or np.ndim(value)):
         pytest.skip("takes arrays and trees of numbers")
     with pytest.raises(error, match=rf"(?s)\b{name}\b.*{shown}"):
         function(value)

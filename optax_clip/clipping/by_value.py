@@ -151,14 +151,12 @@ def _length(x: Array, low: Array, high: Array) -> Array:
     return jnp.maximum(jnp.minimum(widen(x, low.dtype), high), low)
 
 
-def _excess(x: Array, low: Array, high: Array) -> Array:
+def _excess(x: Array, low: Array, high: Array, least: Array, most: Array) -> Array:
     """How far outside; infinity counts as the largest number, on both sides."""
-    most = float(jnp.finfo(high.dtype).max)
-    low, high = jnp.maximum(low, -most), jnp.minimum(high, most)
     if jnp.iscomplexobj(x):
         return jnp.minimum(jnp.abs(x), most) - high
     x = widen(x, high.dtype)
-    return jnp.maximum(jnp.minimum(x, most) - high, low - jnp.maximum(x, -most))
+    return jnp.maximum(jnp.minimum(x, most) - high, low - jnp.maximum(x, least))
 
 
 class _Reading(NamedTuple):
@@ -170,13 +168,17 @@ class _Reading(NamedTuple):
 
 def _statistics(
     how: _Reading, xs: list[Array], ends: list[tuple[Array, Array]],
-    read: Any = lambda *parts: parts, indicator: Any = lambda gap: gap > 0,
+    read: Any = lambda *parts: parts, indicator: Any = lambda gap, *_: gap > 0,
 ) -> tuple[Array, Array, Array, Array]:  # fmt: skip
     """Norms before and after, is a NaN there, and how many entries are outside."""
-    own = [(x, *each) for x, each in zip(xs, ends, strict=True)]
-    (before,) = measure(how.scopes, [read(x)[0] for x in xs], None)
-    (after,) = measure(how.scopes, [_length(*read(*each)) for each in own], None)
-    gaps = [indicator(lax.stop_gradient(_excess(*read(*each)))) for each in own]
+    (before,) = measure(how.scopes, xs, None)
+    lows, highs = ([each[i] for each in ends] for i in (0, 1))
+    (after,) = measure(how.scopes, xs, None, lows, highs, read=_length)
+    most = jnp.asarray(jnp.finfo(accumulator(xs)).max, accumulator(xs))
+    bounds = [(jnp.maximum(low, -most), jnp.minimum(high, most), -most, most) for low, high in ends]
+    numbers = _cpu.constants(accumulator(xs))
+    own = [read(x, *each, *numbers) for x, each in zip(lax.stop_gradient(xs), bounds, strict=True)]
+    gaps = [indicator(_excess(*each[:5]), *each[5:]) for each in own]
     axes = [reduction_axes(how.axis_name, x) for x in xs]
     counts = all_reduce([jnp.sum(x, dtype=jnp.float32) for x in gaps], axes, lax.psum)
     outside = functools.reduce(jnp.add, counts, jnp.float32(0))
