@@ -20,6 +20,7 @@ from optax_clip._validate import AxisName
 __all__ = ["qk_clip", "rescale_weights"]
 
 Factors = Callable[[str, Any, Any], ArrayLike | None]
+Gauges = dict[str, tuple[Any, ...]]
 
 
 def rescale_weights(
@@ -70,8 +71,8 @@ def rescale_weights(
     if not isinstance(signal, str) or not signal.isidentifier():
         raise TypeError(f"Expected signal to be the name of a keyword, got signal={signal!r}.")
 
-    def share(given: Any, scaled: list[_Scaled]) -> dict[str, tuple[Any, ...]]:
-        del given
+    def share(given: Any, seen: Any, scaled: list[_Scaled]) -> Gauges:
+        del given, seen
         return {"share": (fraction([each.factor != 1 for each in scaled if each.p.size]),)}
 
     return _by_signal(_How(factors, signal, "rescale_weights", share), ("share", "signals"), name, record)
@@ -144,10 +145,10 @@ def qk_clip(
         over = logits > limit
         return jnp.where(over, limit / jnp.where(over, logits, 1), 1)
 
-    def gauges(logits: Any, scaled: list[_Scaled]) -> dict[str, tuple[Any, ...]]:
+    def gauges(logits: Any, etas: Any, scaled: list[_Scaled]) -> Gauges:
         del scaled
-        leaves = jax.tree.leaves(logits)
-        return {"logits": (_largest(leaves), fraction([eta(x) < 1 for x in leaves]))}
+        share = fraction([x < 1 for x in jax.tree.leaves(etas)])
+        return {"logits": (_largest(jax.tree.leaves(logits)), share)}
 
     how = _How(factors, "max_logits", "qk_clip", gauges, everywhere, lambda tree: jax.tree.map(eta, tree))
     return _by_signal(how, ("logits", "signals"), name, record)
@@ -167,7 +168,7 @@ class _How(NamedTuple):
     factors: Factors
     signal: str
     caller: str
-    gauges: Callable[[Any, list[_Scaled]], dict[str, tuple[Any, ...]]]
+    gauges: Callable[[Any, Any, list[_Scaled]], Gauges]
     everywhere: Callable[[Any], Any] = lambda given: given
     seen: Callable[[Any], Any] = lambda given: given
 
@@ -215,7 +216,7 @@ def _by_signal(
         new = [u if each is None else _rescaled(*each) for u, each in zip(us, scaled, strict=True)]
 
         def report() -> Report:
-            gauges = how.gauges(given, [each for each in scaled if each is not None])
+            gauges = how.gauges(given, signal, [each for each in scaled if each is not None])
             return Report(gauges, {"signals": (True, ~_all_finite(jax.tree.leaves(given)))})
 
         return scopes.rebuild(updates, new), memory, report
