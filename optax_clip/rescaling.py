@@ -43,10 +43,10 @@ def rescale_weights(
 
     Returns:
         A transform whose update needs ``params`` and the signal. Where a factor is 1 the update keeps
-        its bits. Elsewhere the weights are f (w + u) after `optax.apply_updates`, rounded towards 0, so
-        for f <= 1 no longer than that; updates keep their dtype. ``factors`` is given the signal in float32, with NaN for
-        an entry that is not finite; where it then gives NaN or inf, f is 1. Weights without an update
-        (None) are left alone. Metrics: ``fraction``, the share of factors that are not 1, ``steps``, and
+        its bits. Elsewhere the weights are f (w + u) after `optax.apply_updates`, rounded towards 0;
+        updates keep their dtype. ``factors`` is given the signal in float32, with NaN for an entry that
+        is not finite; where it then gives NaN or inf, f is 1. Weights without an update (None) are left
+        alone. Metrics: ``fraction``, the share of factors that are not 1, ``steps``, and
         ``steps_nonfinite``, those with an inf or NaN in the signal.
 
     Raises:

@@ -49,9 +49,9 @@ def clip_singular_values(
         A transform for leaves of rank 2 and more: the last two axes are the matrix, those before them a
         batch. Leaves of rank below 2 pass through, but for the non-finite policy. Matrices whose singular
         values are at most c come back bit for bit; a limit of 0 gives zeros, inf only measures. In float32
-        each entry is within 1e-5 of the limit up to 30 times outside. In the metrics the norms are the 2-norms of the whole
-        tree, ``threshold`` is the limit and ``fraction`` the share of matrices that were changed.
-        Derivatives take the singular vectors as constants.
+        each entry is within 1e-5 of the limit up to 30 times outside. In the metrics the norms are the
+        2-norms of the whole tree, ``threshold`` is the limit and ``fraction`` the share of matrices that
+        were changed. Derivatives take the singular vectors as constants.
 
     Raises:
         ValueError: for a negative or NaN limit, an unknown method or policy, and in the update inside
