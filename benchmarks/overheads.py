@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import optax_clip
@@ -49,6 +50,18 @@ def weights(label: str, constraint: optax_clip.Constraint, peer: Peer | None = N
 
 def clipped(name: str, clip: optax.GradientTransformation) -> Peer:
     return Peer(f"optax.{name}", optax.chain(clip, ADAM))
+
+
+def by_logits(record: bool = True) -> optax.GradientTransformation:
+    """QK-Clip of one head a matrix, whose largest logit is above the limit."""
+
+    def factors(path: str, leaf: Any, eta: Any) -> Any:
+        return jnp.sqrt(eta) if leaf.ndim > 1 else None
+
+    clip = optax_clip.qk_clip(factors, record=record)
+    return optax.GradientTransformationExtraArgs(
+        clip.init, lambda *args, **extra: clip.update(*args, max_logits=jnp.float32(120), **extra)
+    )
 
 
 def per_leaf(project: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -144,12 +157,14 @@ def cases() -> Iterator[Case]:
         optax_clip.norm_sphere(2.0),
         Peer("projection_l2_sphere per leaf", finish=per_leaf(lambda x: l2_sphere(x, 2.0))),
     )
+    yield weights("norm_sphere, initial", optax_clip.norm_sphere(optax_clip.initial()))
     yield weights("norm_shell, leaf", optax_clip.norm_shell(1.0, 2.0))
     yield weights(
         "simplex, leaf",
         optax_clip.simplex(),
         Peer("projection_simplex per leaf", finish=per_leaf(on_simplex)),
     )
+    yield Case("qk_clip", optax.chain(ADAM, by_logits()))
     yield weights("spectral_ball, power_iterations=1", optax_clip.spectral_ball(0.5, power_iterations=1))
 
 

@@ -10,6 +10,7 @@ from optax_clip.adaptive import zclip as zclip
 from optax_clip.clipping import clip_by_global_norm as clip_by_global_norm
 from optax_clip.clipping import clip_by_norm as clip_by_norm
 from optax_clip.clipping import clip_by_value as clip_by_value
+from optax_clip.clipping import clip_singular_values as clip_singular_values
 from optax_clip.clipping import clip_tree as clip_tree
 from optax_clip.clipping import normalize_by_norm as normalize_by_norm
 from optax_clip.clipping import record_norms as record_norms
@@ -24,6 +25,8 @@ from optax_clip.projection import project_weights as project_weights
 from optax_clip.projection import violation as violation
 from optax_clip._records import RecordedState as RecordedState
 from optax_clip.recording import metrics as metrics
+from optax_clip.rescaling import qk_clip as qk_clip
+from optax_clip.rescaling import rescale_weights as rescale_weights
 from optax_clip.sets import Constraint as Constraint
 from optax_clip.sets import box as box
 from optax_clip.sets import init_box as init_box
@@ -55,6 +58,7 @@ __all__ = [
     "clip_by_norm",
     "clip_by_update_rms",
     "clip_by_value",
+    "clip_singular_values",
     "clip_tree",
     "ema_ratio",
     "global_norm",
@@ -71,8 +75,10 @@ __all__ = [
     "per_layer",
     "project",
     "project_weights",
+    "qk_clip",
     "record_norms",
     "relative_to_params",
+    "rescale_weights",
     "running_quantile",
     "simplex",
     "skip_spikes",

@@ -82,7 +82,7 @@ def per_leaf(
         table = dict(zip(prefixes, numbers, strict=True))
         found = [_above(table, path, name) for path in paths]
     for path, x, shape in zip(paths, found, shapes, strict=True):
-        _fits(jnp.shape(x), shape, path, name)
+        fits(jnp.shape(x), shape, path, name)
     return found
 
 
@@ -99,7 +99,7 @@ def _above(table: dict[str, Any], path: str, name: str) -> Any:
     return hits[0]
 
 
-def _fits(given: tuple[int, ...], shape: tuple[int, ...], path: str, name: str) -> None:
+def fits(given: tuple[int, ...], shape: tuple[int, ...], path: str, name: str) -> None:
     padded = (1,) * (len(shape) - len(given)) + given
     if len(given) > len(shape) or any(m not in (1, n) for m, n in zip(padded, shape, strict=True)):
         raise ValueError(

@@ -41,6 +41,13 @@ def number(_ndim: int | None = 0, **named: Any) -> None:
         _require(name, x, lambda value: ~np.isnan(value), f"{name} not to be NaN")
 
 
+def real(**named: Any) -> None:
+    """Each value is a real number or an array of them."""
+    for name, x in named.items():
+        if not _is_real(x):
+            raise TypeError(f"Expected {name} to be a real number or an array, got {name}={x!r}.")
+
+
 def at_least(bound: float, _ndim: int | None = 0, **named: Any) -> None:
     """Each value is one real number >= bound."""
     number(_ndim, **named)

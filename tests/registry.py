@@ -5,11 +5,13 @@ A new transform is not done before its row is here. Most are one line:
     Row("autoclip", autoclip, {"percentile": 10}, number="percentile"),
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import optax_clip as oc
@@ -40,6 +42,10 @@ class Row(NamedTuple):
     abstract: bool = True
     # What a NaN turns the updates into.
     spoilt: float = math.nan
+    # Its metrics count steps.
+    counts: bool = True
+    # Its metrics speak of a signal, which is there without weights.
+    measures_signal: bool = False
     # "standard" for other people's code that mixes dtypes.
     promotion: str = "strict"
 
@@ -61,9 +67,33 @@ def weights(id: str, constraint: Any, at: Any = None, every: int = 1, **more: An
     return Row(id, oc.project_weights, kwargs, **more)
 
 
+def told(factory: Callable[..., Any], **signals: Any) -> Callable[..., Any]:
+    """A factory of transforms whose update is always given some extra arguments."""
+
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+        tx = factory(*args, **kwargs)
+
+        def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+            return tx.update(updates, state, params, **{**signals, **extra})
+
+        return optax.GradientTransformationExtraArgs(tx.init, update)
+
+    return make
+
+
+def by_first_head(path: str, leaf: Any, eta: Any) -> Any:
+    """Biases alone, where there is a kernel beside them, are left alone."""
+    return None if path.endswith("bias") else jnp.sqrt(eta["heads"][0])
+
+
 def by_kind(path: str, leaf: Any) -> str:
     """A scope that differs from leaf to leaf."""
     return "unit" if path.endswith("kernel") else "leaf"
+
+
+def by_role(path: str, leaf: Any) -> str:
+    return "kernels" if path.endswith("kernel") else "rest"
 
 
 def halving(step: Any) -> Any:
@@ -168,6 +198,58 @@ ROWS = (
         only_outside=False,
         spoilt=0.0,
     ),
+    Row(
+        "clip_by_norm, groups",
+        oc.clip_by_norm,
+        {"threshold": 1.0, "scope": oc.groups(by_role)},
+        number="threshold",
+        static_args=("scope",),
+    ),
+    Row(
+        "record_norms",
+        oc.record_norms,
+        {"scope": oc.groups(by_role)},
+        static_args=("scope", "of"),
+        counts=False,
+    ),
+    Row(
+        "skip_spikes, value rule",
+        told(oc.skip_spikes, value=1.0),
+        {
+            "inner": optax.identity(),
+            "rule": 1.0,
+            "value_rule": oc.window_zscore(3.0, window=4),
+        },
+        spoilt=0.0,
+    ),
+    Row(
+        "clip_singular_values",
+        oc.clip_singular_values,
+        {"threshold": 1.0},
+        number="threshold",
+        constant_limit=False,
+        atol=2e-5,
+    ),
+    Row(
+        "rescale_weights",
+        told(oc.rescale_weights, peak=8.0),
+        {"factors": lambda path, leaf, peak: 2.0 / jnp.maximum(peak, 2.0), "signal": "peak"},
+        static_args=("factors",),
+        needs_params=True,
+        elementwise=True,
+        only_outside=False,
+    ),
+    Row(
+        "qk_clip",
+        told(oc.qk_clip, max_logits={"heads": np.array([4.0, -2.0], np.float32)}),
+        {"factors": by_first_head, "max_logit": 2.0},
+        number="max_logit",
+        static_args=("factors",),
+        needs_params=True,
+        elementwise=True,
+        only_outside=False,
+        measures_signal=True,
+    ),
     weights("box", lambda upper: oc.box(-0.5, upper), at=0.5, elementwise=True),
     weights("box, every=2", oc.box(-0.5, 0.5), every=2, elementwise=True),
     weights("non_negative", oc.non_negative(), elementwise=True),
@@ -175,6 +257,15 @@ ROWS = (
     weights("norm_ball, inf", lambda r: oc.norm_ball(r, ord=math.inf), at=0.5, elementwise=True),
     weights("norm_ball, unit", lambda r: oc.norm_ball(r, scope="unit"), at=1.0),
     weights("norm_sphere", oc.norm_sphere, at=1.0, only_outside=False),
+    weights("norm_sphere, initial", lambda k: oc.norm_sphere(oc.initial(k)), at=0.5, only_outside=False, abstract=False),
+    weights(
+        "norm_ball, initial, inf",
+        lambda k: oc.norm_ball(oc.initial(k), ord=math.inf),
+        at=0.5,
+        elementwise=True,
+        only_outside=False,
+        abstract=False,
+    ),
     weights("norm_ball, 1", lambda r: oc.norm_ball(r, ord=1), at=1.0),
     weights("norm_ball, 1, unit", lambda r: oc.norm_ball(r, ord=1, scope="unit"), at=1.0),
     weights(

@@ -129,7 +129,7 @@ def test_jitted_is_eager_and_compiles_once(row, compilations):
     assert compiled[0] > 0, "This test no longer sees compilations."
     assert not any(compiled[1:])
     steps = [int(x) for key, x in metrics(state).items() if key.endswith("/steps")]
-    assert steps == [len(GRADS)]
+    assert steps == ([len(GRADS)] if row.counts else [])
 
 
 def on_mesh(kind):
@@ -460,7 +460,7 @@ def test_empty(row):
         assert types(new) == types(state)
         chex.assert_tree_all_finite(without_threshold(new))
         for key, value in metrics(new).items():
-            if key.endswith(("before", "after", "distance", "fraction")):
+            if key.endswith(("before", "after", "distance", "fraction")) and not row.measures_signal:
                 assert value == 0, key
 
 
@@ -486,6 +486,6 @@ def test_nan(row):
             updates, jax.tree.map(lambda x: jnp.full_like(x, row.spoilt), PARAMS)
         )
     found = {key.rsplit("/", 1)[1]: value for key, value in metrics(state).items()}
-    if not row.needs_params:
+    if row.counts and not row.needs_params:
         assert (found["steps"], found["steps_nonfinite"]) == (1, 1)
         assert (found["steps_clipped"], found["fraction"]) == (0, 0)
