@@ -21,6 +21,7 @@ class Task:
     """A model, its data, and the optimizer that a clip is put before, at a rate that is safe and a high one."""
 
     name: str
+    about: str
     optimizer: Callable[[float], optax.GradientTransformation]
     rates: tuple[float, float]
     weights: Any
@@ -30,7 +31,7 @@ class Task:
 
 
 def momentum(rate: float) -> optax.GradientTransformation:
-    return optax.sgd(rate, momentum=0.9)
+    return optax.sgd(rate, momentum=_charlm.MOMENTUM)
 
 
 def functional(model: nnx.Module, loss: Loss) -> tuple[Any, Loss]:
@@ -43,8 +44,8 @@ def characters(steps: int, seed: int) -> Task:
     """The network of the demo: a tanh RNN that guesses the next character of Python's help pages."""
     text, vocab = _charlm.load_text()
     weights, loss = functional(_charlm.CharRNN(vocab, rngs=nnx.Rngs(seed)), _charlm.loss_of)
-    pieces = np.stack(list(_charlm.batches(text, steps, seed)))[:, :16, :65]
-    return Task("characters", momentum, (0.1, 0.3), weights, loss, pieces, np.log(vocab))
+    pieces = np.stack(list(_charlm.batches(text, steps, seed)))[:, :16, :51]
+    return Task("characters", "SGD", momentum, (0.03, 0.3), weights, loss, pieces, np.log(vocab))
 
 
 class Digits(nnx.Module):
@@ -70,7 +71,7 @@ def digits(steps: int, seed: int) -> Task:
     picked = np.random.default_rng(seed).integers(len(images), size=(steps, 64))
     batches = (np.float32(images / 16)[picked], np.int32(labels)[picked])
     weights, loss = functional(Digits(nnx.Rngs(seed)), digits_loss)
-    return Task("digits", momentum, (0.05, 0.5), weights, loss, batches, np.log(10))
+    return Task("digits", "SGD", momentum, (0.05, 0.5), weights, loss, batches, np.log(10))
 
 
 class Block(nnx.Module):
@@ -111,7 +112,7 @@ def transformer(steps: int, seed: int) -> Task:
     model = Transformer(vocab, 32, 32, rngs=nnx.Rngs(seed))
     weights, loss = functional(model, _charlm.loss_of)
     pieces = np.stack(list(_charlm.batches(text, steps, seed)))[:, :16, :33]
-    return Task("transformer", optax.adamw, (0.003, 0.03), weights, loss, pieces, np.log(vocab))
+    return Task("transformer", "AdamW", optax.adamw, (0.003, 0.03), weights, loss, pieces, np.log(vocab))
 
 
 TASKS = {task.__name__: task for task in (characters, digits, transformer)}
