@@ -56,5 +56,10 @@ def panel(axes: Axes, task: Task, runs: dict[str, tuple[Run, ...]]) -> None:
         axes.plot([high * room] * len(lost), lost, "x", color=COLOURS[j], markersize=8, clip_on=False)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(
-        handles[::-1], labels[::-1], loc="upper center", bbox_to_anchor=(0.5, -0.045), ncols=2, frameon=False
+        handles[::-1],
+        labels[::-1],
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.045),
+        ncols=2,
+        frameon=False,
     )

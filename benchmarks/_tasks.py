@@ -18,7 +18,7 @@ Loss = Callable[[Any, Any], jax.Array]
 
 @dataclass(frozen=True)
 class Task:
-    """A model, its data, and the optimizer that a clip is put before, at a rate that is safe and a high one."""
+    """A model, its data, and the optimizer that a clip is put before, at a safe rate and a high one."""
 
     name: str
     about: str

@@ -70,7 +70,9 @@ def test_of_a_real_run():
     norms = np.sqrt((recorded_norms.load().astype(np.float64) ** 2).sum(1))
     table = threshold_table(norms)
     assert table.steps == len(norms) == 1000
-    np.testing.assert_allclose(table.clipped, [0.95, 0.9, 0.75, 0.5, 0.25, 0.1, 0.05, 0.01, 0], atol=1e-9)
+    np.testing.assert_allclose(
+        table.clipped, [0.95, 0.9, 0.75, 0.5, 0.25, 0.1, 0.05, 0.01, 0], atol=1e-9
+    )
 
 
 @pytest.mark.parametrize(
