@@ -111,7 +111,7 @@ def transformer(steps: int, seed: int) -> Task:
     text, vocab = _charlm.load_text()
     model = Transformer(vocab, 32, 32, rngs=nnx.Rngs(seed))
     weights, loss = functional(model, _charlm.loss_of)
-    pieces = np.stack(list(_charlm.batches(text, steps, seed)))[:, :16, :33]
+    pieces = np.stack(list(_charlm.batches(text, steps, seed)))[:, :8, :33]
     return Task("transformer", "AdamW", optax.adamw, (0.003, 0.03), weights, loss, pieces, np.log(vocab))
 
 

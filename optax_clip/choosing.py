@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from optax_clip import _validate
 
@@ -32,10 +32,10 @@ class ThresholdTable(NamedTuple):
         [0.5]
     """
 
-    limits: np.ndarray
-    clipped: np.ndarray
-    factor: np.ndarray
-    strongest: np.ndarray
+    limits: NDArray[np.float64]
+    clipped: NDArray[np.float64]
+    factor: NDArray[np.float64]
+    strongest: NDArray[np.float64]
     steps: int
     steps_nonfinite: int
 
