@@ -22,7 +22,7 @@ help:  ## list the targets
 demo: $(VENV)/.demo  ## train a small model with and without bounds, draw demo.png
 	$(BIN)/python -m benchmarks.demo
 
-sweep: $(VENV)/.demo  ## train it under many thresholds and rules, draw sweep.png
+sweep: $(VENV)/.demo  ## train three small models under many thresholds and rules, draw sweep.png
 	$(BIN)/python -m benchmarks.sweep
 
 test: $(VENV)/.test  ## run the tests

@@ -7,6 +7,8 @@ from optax_clip.adaptive import adaptive_grad_clip as adaptive_grad_clip
 from optax_clip.adaptive import autoclip as autoclip
 from optax_clip.adaptive import clip_by_update_rms as clip_by_update_rms
 from optax_clip.adaptive import zclip as zclip
+from optax_clip.choosing import ThresholdTable as ThresholdTable
+from optax_clip.choosing import threshold_table as threshold_table
 from optax_clip.clipping import clip_by_global_norm as clip_by_global_norm
 from optax_clip.clipping import clip_by_norm as clip_by_norm
 from optax_clip.clipping import clip_by_value as clip_by_value
@@ -50,6 +52,7 @@ __all__ = [
     "Constraint",
     "RecordedState",
     "ThresholdRule",
+    "ThresholdTable",
     "adagc",
     "adaptive_grad_clip",
     "autoclip",
@@ -83,6 +86,7 @@ __all__ = [
     "simplex",
     "skip_spikes",
     "spectral_ball",
+    "threshold_table",
     "tree_norms",
     "violation",
     "where",

@@ -29,7 +29,8 @@ SIDES = {*GRADIENTS, *WEIGHTS}
 BELOW = {
     **{room: set(side[:i]) for side in (GRADIENTS, WEIGHTS) for i, room in enumerate(side)},
     "recording": SIDES,
-    "__init__": {*SIDES, "recording"},
+    "choosing": SIDES,
+    "__init__": {*SIDES, "recording", "choosing"},
 }
 
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
