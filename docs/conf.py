@@ -54,7 +54,7 @@ html_static_path = ["_static"]
 html_css_files = ["custom.css"]
 
 # What a docstring must have: of a class, of a function.
-SECTIONS = {True: ("Args:", "Examples:"), False: ("Args:", "Returns:", "Examples:")}
+PARTS = {True: ("Args:", ">>> "), False: ("Args:", "Returns:", "Examples:", ">>> ")}
 
 # Links as GitHub and a clone need them, and as the pages do.
 LINKS = {
@@ -85,13 +85,13 @@ def relink(app: Sphinx, page: str, source: list[str]) -> None:
 
 
 def link_tables(app: Sphinx, tree: nodes.document) -> None:
-    """Make code in tables that begins with a public name a link to the reference."""
+    """Make public names and calls in tables links to the reference."""
     for cell in tree.findall(nodes.entry):
         for code in list(cell.findall(nodes.literal)):
-            name = re.match(r"\w*", code.astext())[0]
+            name = re.fullmatch(r"(\w+)(\(.*\))?", code.astext())
             linked = isinstance(code.parent, nodes.reference | addnodes.pending_xref)
-            if name in optax_clip.__all__ and not linked:
-                where = {"refdomain": "py", "reftype": "obj", "reftarget": f"optax_clip.{name}"}
+            if name and name[1] in optax_clip.__all__ and not linked:
+                where = {"refdomain": "py", "reftype": "obj", "reftarget": f"optax_clip.{name[1]}"}
                 link = addnodes.pending_xref("", refexplicit=True, refwarn=True, **where)
                 code.replace_self(link)
                 link += code
@@ -122,10 +122,10 @@ def check_reference(app: Sphinx, env: BuildEnvironment) -> None:
     pages = env.get_domain("py").objects
     for name in optax_clip.__all__:
         thing = getattr(optax_clip, name)
-        lines = {line.strip() for line in (inspect.getdoc(thing) or "").splitlines()}
-        lacking = [title for title in SECTIONS[inspect.isclass(thing)] if title not in lines]
+        text = inspect.getdoc(thing) or ""
+        lacking = [part for part in PARTS[inspect.isclass(thing)] if part not in text]
         if lacking:
-            log.warning("the docstring of %s has no section %s", name, " ".join(lacking))
+            log.warning("the docstring of %s has no %s", name, " ".join(lacking))
         if f"optax_clip.{name}" not in pages:
             log.warning("%s is on no page of docs/api", name)
 
