@@ -10,7 +10,9 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -30,7 +32,7 @@ from benchmarks._charlm import (
     arguments,
     batches,
     load_text,
-    train_step,
+    loss_of,
 )
 
 RATE, WARM_UP = 0.5, 100  # the rate rises from 0 over that many steps, so that autoclip sees calm ones
@@ -75,22 +77,28 @@ class TimedRun(Run):
 def train(
     tx: optax.GradientTransformation, text: np.ndarray, vocab: int, steps: int, seed: int, bar: tqdm
 ) -> TimedRun:
-    """Train until the end, or until the loss is not finite."""
+    """Train in one compiled program."""
     began = time.perf_counter()
-    model = CharRNN(vocab, rngs=nnx.Rngs(seed))
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    step = nnx.jit(train_step)
-    rows = []
-    for tokens in batches(text, steps, seed):
-        rows.append({key: float(x) for key, x in step(model, optimizer, tokens).items()})
-        bar.set_postfix(loss=f"{rows[-1]['loss']:.2f}", refresh=False)
-        bar.update()
-        if not math.isfinite(rows[-1]["loss"]):
-            break
-    bar.update(steps - len(rows))
-    log = {key: np.array([row[key] for row in rows]) for key in rows[0]}
-    matrix = np.asarray(model.rnn.cell.dense_h.kernel[...])
+    graph, weights, rest = nnx.split(CharRNN(vocab, rngs=nnx.Rngs(seed)), nnx.Param, ...)
+
+    def step(carry: Any, tokens: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+        weights, state = carry
+        loss, grads = jax.value_and_grad(
+            lambda weights: loss_of(nnx.merge(graph, weights, rest, copy=True), tokens)
+        )(weights)
+        updates, state = tx.update(grads, state, weights)
+        jax.debug.callback(lambda: bar.update())
+        log = {"loss": loss, **optax_clip.metrics(state)}
+        return (optax.apply_updates(weights, updates), state), log
+
+    data = np.stack(list(batches(text, steps, seed)))
+    (weights, _), log = jax.jit(lambda *args: jax.lax.scan(step, *args))(
+        (weights, tx.init(weights)), data
+    )
+    jax.effects_barrier()
+    matrix = np.asarray(weights.rnn.cell.dense_h.kernel[...])
     gain = float(np.linalg.norm(matrix, 2)) if np.isfinite(matrix).all() else math.nan
+    log = {key: np.asarray(x) for key, x in log.items()}
     return TimedRun(log, time.perf_counter() - began, gain, frequencies_alone(text))
 
 
@@ -170,7 +178,9 @@ def draw_losses(axes: Axes, runs: dict[str, TimedRun]) -> None:
 
 
 def draw_norms(axes: Axes, runs: dict[str, TimedRun]) -> None:
-    axes.set_title("Norm before the clip; in black the limits, fixed and learned", fontsize=13, loc="left")
+    axes.set_title(
+        "Norm before the clip; in black the limits, fixed and learned", fontsize=13, loc="left"
+    )
     axes.set_yscale("log")
     for name, run in runs.items():
         norm, limit = (run.log[key] for key in ("clip/norm_before", "clip/threshold"))
@@ -196,7 +206,9 @@ def main() -> None:
 
     text, vocab = load_text()
     rate = f"learning rate {RATE:g} after {WARM_UP} steps of warm-up"
-    print(f"{len(text):,} characters of {vocab} kinds, {args.steps} steps of SGD for each setting, {rate}")
+    print(
+        f"{len(text):,} characters of {vocab} kinds, {args.steps} steps of SGD for each setting, {rate}"
+    )
     runs = {}
     with tqdm(total=args.steps * len(SETTINGS), unit="step", mininterval=0.5) as bar:
         for name, tx in SETTINGS.items():
