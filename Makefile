@@ -4,6 +4,7 @@
 PYTHON = python3
 VENV = .venv
 PYTEST_ARGS = -n 2
+CHECKED = tests/test_readme.py tests/test_public.py tests/test_imports.py tests/test_norms.py tests/test_rules.py
 ACCELERATORS = $(VENV)-accelerators
 
 BIN = $(VENV)/bin
@@ -13,7 +14,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo sweep test test-clients bench accelerators test-accelerators notebooks notebooks-full
+.PHONY: help demo sweep check test test-clients bench accelerators test-accelerators notebooks notebooks-full
 .PHONY: docs dist doctest lint types format dev clean
 
 help:  ## list the targets
@@ -25,7 +26,10 @@ demo: $(VENV)/.demo  ## train a small model with and without bounds, draw demo.p
 sweep: $(VENV)/.demo  ## train three small models under many thresholds and rules, draw sweep.png
 	$(BIN)/python -m benchmarks.sweep
 
-test: $(VENV)/.test  ## run the tests
+check: $(VENV)/.test  ## see that it works: the README's examples and the quick tests
+	$(BIN)/python -m pytest -n 2 -q $(CHECKED) -k 'README: or not test_code_runs'
+
+test: $(VENV)/.test  ## run all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-clients:  ## run the tests with libraries that take a transform, in .venv-clients

@@ -17,7 +17,7 @@ import optax_clip
 
 HIDDEN, TIME, BATCH = 128, 100, 32
 RECURRENT = "rnn/cell/dense_h/kernel"  # the matrix that is applied once for each step of time
-RATE, MOMENTUM = 1.0, 0.9  # of plain SGD; too high a rate for training without bounds
+MOMENTUM = 0.9  # of plain SGD
 TAIL = 20  # the final loss is the mean over that many last steps
 
 
