@@ -30,8 +30,9 @@ class Norm(NamedTuple):
 
     @classmethod
     def of(cls, value: Array, scale: Any = 1) -> "Norm":
-        """Bring the root into [1, 2)."""
-        inverse = reciprocal(power_of_two(value))
+        """Bring the root into [1, 2), but for 0 and for what was shrunk, whose scale is small enough."""
+        scale = jnp.asarray(scale, value.dtype)
+        inverse = jnp.where((value == 0) | (scale < 1), 1, reciprocal(power_of_two(value)))
         return cls(value * inverse, scale * inverse)
 
     def exceeds(self, limit: Array) -> Array:
@@ -192,7 +193,7 @@ def measure(scopes: Scopes, xs: Sequence[Array], ord: Ord) -> list[Norm]:
     """The norm of each scope, cell by cell."""
     p, dtype = exponent(ord), accumulator(xs)
     if p == math.inf:
-        return [Norm.of(top) for top in scopes.max([jnp.abs(widen(x, dtype)) for x in xs])]
+        return [Norm.of(top) for top in scopes.max([modulus(widen(x, dtype)) for x in xs])]
     if p not in (1, 2):
         return _power_norms(scopes, xs, p)
     sums, scales = _sums_in_range(Powers(scopes, p, dtype), list(xs))

@@ -118,7 +118,7 @@ def skip_spikes(
 
         def report() -> Report:
             after = jnp.where(take, before, 0)
-            clip = clip_report(before, after, threshold, skipped, finite)
+            clip = clip_report(before, after, threshold, skipped.astype(jnp.float32), finite)
             counts = {"guarded": (*clip.happened["counts"], ~take)}
             values = {"values": (loss, highest)} if value_rule is not None else {}
             return Report({**clip.gauges, **values}, counts)

@@ -192,5 +192,5 @@ def _report(scopes: Scopes, xs: list[Array], ends: list[tuple[Array, Array]], ax
     before, after, broken, outside = _statistics(_Reading(scopes, axis_name), xs, ends)
     size = max(scopes.counts[0].item(), 1)
     each = [jnp.min(jnp.minimum(high, -low), initial=jnp.inf) for low, high in ends]
-    limit = functools.reduce(jnp.minimum, each, jnp.asarray(jnp.inf, jnp.float32))
+    limit = functools.reduce(jnp.minimum, each, jnp.asarray(jnp.inf, accumulator(xs)))
     return clip_report(before, after, limit, outside / size, ~broken)

@@ -222,7 +222,7 @@ def entries_moved(scopes: Scopes, moved: Cells) -> Array:
     """The share of entries in the scopes that were moved, wherever they are."""
     axes = [varying_axes(x) for x in moved]
     numbers = [jnp.asarray(n, jnp.float32) for n in scopes.counts]
-    parts = [jnp.sum(x * n) for x, n in zip(moved, numbers, strict=True)]
+    parts = [jnp.sum(x.astype(jnp.float32) * n) for x, n in zip(moved, numbers, strict=True)]
     number = functools.reduce(jnp.add, all_reduce(parts, axes, lax.psum))
     sizes = [
         np.sum(np.broadcast_to(n, x.shape)) * axis_size(names)
