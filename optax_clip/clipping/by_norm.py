@@ -327,6 +327,7 @@ def _by_norm(
         updates: optax.Updates, memory: Any, params: Any, *, grad_norm: ArrayLike | None = None, **extra: Any
     ) -> tuple[optax.Updates, Any, Any]:
         del extra
+        params = params if limits.asks_for_weights else None
         scopes, xs = Scopes.of(updates, scope, axis_name, beside=params)
         norms = _measured_or_given(scopes, xs, ord, norm=grad_norm)
         before, finite = total(scopes, [n.value for n in norms], ord), all_finite(norms)
