@@ -129,4 +129,4 @@ def clamp(x: Array, low: Array, high: Array) -> Array:
     """``x`` in [low, high]; what is inside keeps its bits, as a minimum may flush subnormals."""
     wide = widen(x, accumulator([x]))
     y = jnp.minimum(jnp.maximum(wide, low.astype(wide.dtype)), high.astype(wide.dtype))
-    return lax.select(wide != y, y.astype(x.dtype), x)
+    return lax.select((wide != y) | (low == high), y.astype(x.dtype), x)
