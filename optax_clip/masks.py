@@ -60,7 +60,7 @@ def mask_outward(
         del extra
         _validate.params_given(params, of="mask_outward")
         scopes, gs = Scopes.of(updates, "leaf", axis_name=(), beside=params)
-        ps = scopes.leaves_of(params)
+        ps = scopes.leaves_of(params, of="mask_outward")
         ends = [
             jnp.where(g == 0, p, -jnp.sign(g).astype(p.dtype) * jnp.inf) for g, p in zip(gs, ps, strict=True)
         ]

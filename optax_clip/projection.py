@@ -187,7 +187,7 @@ def redirect(
         us = _cpu.written_once(us)
     how = _How(constraint, scopes, record)
     way = _landed_and_measured if record and constraint.outside else _landed
-    new, memory, moved = way(how, scopes.leaves_of(params), us, memory)
+    new, memory, moved = way(how, scopes.leaves_of(params, of="project_weights"), us, memory)
     return scopes.rebuild(updates, new), memory, moved
 
 

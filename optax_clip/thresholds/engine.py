@@ -190,7 +190,7 @@ def _told(seen: Seen, states: Any) -> tuple[Cells, Array]:
 def _param_norms(seen: Seen, norms: Cells) -> Cells | None:
     if seen.params is None:
         return None
-    weights = measure(seen.scopes, seen.scopes.leaves_of(seen.params), seen.ord)
+    weights = measure(seen.scopes, seen.scopes.leaves_of(seen.params, of="a clip by a rule, such as adaptive_grad_clip,"), seen.ord)
     return [lax.stop_gradient(w.value.astype(n.dtype)) for w, n in zip(weights, norms, strict=True)]
 
 
