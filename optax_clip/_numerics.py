@@ -99,7 +99,7 @@ def round_down(x: Any, dtype: Any) -> Any:
     xp: Any = jnp if isinstance(x, Array) else np
     if is_float8(dtype):
         grid = xp.asarray(float8_grid(dtype), x.dtype)
-        return grid[xp.clip(xp.searchsorted(grid, x, side="right") - 1, 0)].astype(dtype)
+        return grid[xp.maximum(xp.searchsorted(grid, x, side="right") - 1, 0)].astype(dtype)
     with np.errstate(over="ignore", under="ignore"):
         y = xp.asarray(x).astype(dtype)
     y = lax.optimization_barrier(y) if xp is jnp else y
@@ -122,11 +122,11 @@ def round_toward_zero(x: Array, dtype: Any) -> Array:
     if dtype == jnp.bfloat16 and x.dtype == jnp.float32:  # the upper half of the bits
         upper = lax.bitcast_convert_type(lax.stop_gradient(x), jnp.uint32) & jnp.uint32(0xFFFF0000)
         return straight_through(lax.bitcast_convert_type(upper, jnp.float32), x).astype(dtype)
-    return jnp.copysign(round_down(jnp.abs(x), dtype), x.astype(dtype))
+    return jnp.copysign(round_down(jnp.abs(x), dtype).astype(x.dtype), x).astype(dtype)
 
 
 def clamp(x: Array, low: Array, high: Array) -> Array:
     """``x`` in [low, high]; what is inside keeps its bits, as a minimum may flush subnormals."""
     wide = widen(x, accumulator([x]))
     y = jnp.minimum(jnp.maximum(wide, low.astype(wide.dtype)), high.astype(wide.dtype))
-    return lax.select(wide != y, y.astype(x.dtype), x)
+    return lax.select((wide != y) | (low == high), y.astype(x.dtype), x)

@@ -141,12 +141,15 @@ class Scopes(NamedTuple):
         xs = [leaves[i] for i in places]
         return scopes, [x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x) for x in xs]
 
-    def leaves_of(self, tree: Any, *, of: str = "params") -> list[Array]:
+    def leaves_of(self, tree: Any, *, of: str) -> list[Array]:
         """The leaves of another tree at the same places: the weights that gradients belong to."""
         leaves = self.treedef.flatten_up_to(tree)
         for i in self.places:
-            if leaves[i] is None:
-                raise ValueError(f"Expected {of} beside the update of leaf {self.paths[i]!r}, got None.")
+            if not is_inexact(leaves[i]):
+                got = None if leaves[i] is None else jnp.asarray(leaves[i]).dtype
+                raise ValueError(
+                    f"Expected float params in update of {of} beside the update of leaf {self.paths[i]!r}, got {got}."
+                )
         return [jnp.asarray(leaves[i]) for i in self.places]
 
     def rebuild(self, tree: Any, new: Sequence[Any]) -> Any:

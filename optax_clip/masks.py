@@ -11,7 +11,7 @@ from jax import Array
 from optax_clip import _validate
 from optax_clip._records import Report, fraction, transform
 from optax_clip._trees import Scopes, as_struct, flatten
-from optax_clip.sets.constraint import Constraint
+from optax_clip.sets.constraint import STATIC, Constraint
 
 __all__ = ["mask_outward", "where"]
 
@@ -53,14 +53,15 @@ def mask_outward(
         The first would grow beyond 1; the second comes back from its bound.
     """
     if not isinstance(constraint, Constraint) or constraint.outside is None or constraint.init:
-        raise TypeError(f"Expected constraint to be a box, got constraint={constraint!r}.")
+        hint = STATIC if isinstance(constraint, Array) else ""
+        raise TypeError(f"Expected constraint to be a box, got constraint={constraint!r}.{hint}")
     _validate.record(record)
 
     def step(updates: optax.Updates, memory: Any, params: Any, **extra: Any) -> tuple[Any, Any, Any]:
         del extra
         _validate.params_given(params, of="mask_outward")
         scopes, gs = Scopes.of(updates, "leaf", axis_name=(), beside=params)
-        ps = scopes.leaves_of(params)
+        ps = scopes.leaves_of(params, of="mask_outward")
         ends = [
             jnp.where(g == 0, p, -jnp.sign(g).astype(p.dtype) * jnp.inf) for g, p in zip(gs, ps, strict=True)
         ]
@@ -110,7 +111,7 @@ def where(predicate: Callable[[str, Any], bool]) -> Callable[[Any], Any]:
     def mask(tree: Any) -> Any:
         paths, leaves, treedef = flatten(tree)
         flags = [None if x is None else bool(predicate(p, as_struct(x))) for p, x in zip(paths, leaves, strict=True)]
-        if leaves and not any(flags) and not seen:
+        if any(x is not None for x in leaves) and not any(flags) and not seen:
             seen.append(paths)
             warnings.warn(
                 f"No leaf is chosen by predicate={predicate!r} of where; the first paths are {paths[:3]}.",

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
@@ -13,7 +14,7 @@ from optax_clip._landing import add_as_apply_updates, land, reach
 from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes
 from optax_clip._numerics import accumulator, widen
 from optax_clip._records import Report, increment, transform
-from optax_clip._trees import Scopes
+from optax_clip._trees import Scopes, is_inexact
 from optax_clip.sets.constraint import Constraint, Move, as_constraint
 
 __all__ = ["project", "project_weights", "violation"]
@@ -63,7 +64,7 @@ def violation(params: optax.Params, constraint: ConstraintLike) -> Array:
         A float32 scalar, 0 inside.
 
     Raises:
-        TypeError: if the constraint is neither a set nor callable.
+        TypeError: if the constraint is neither a set nor callable, or no leaf is a float.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -71,7 +72,15 @@ def violation(params: optax.Params, constraint: ConstraintLike) -> Array:
         >>> print(violation({"w": jnp.array([3.0, 4.0])}, norm_ball(2.0)))
         3.0
     """
+    _floats_given(params)
     return as_constraint(constraint).excess(params)
+
+
+def _floats_given(params: Any) -> None:
+    """Integers alone pass through every set, which would read as a violation of 0."""
+    leaves = jax.tree.leaves(params)
+    if leaves and not any(map(is_inexact, leaves)):
+        raise TypeError(f"Expected float weights, got {jnp.asarray(leaves[0]).dtype} alone.")
 
 
 def project_weights(
@@ -187,7 +196,7 @@ def redirect(
         us = _cpu.written_once(us)
     how = _How(constraint, scopes, record)
     way = _landed_and_measured if record and constraint.outside else _landed
-    new, memory, moved = way(how, scopes.leaves_of(params), us, memory)
+    new, memory, moved = way(how, scopes.leaves_of(params, of="project_weights"), us, memory)
     return scopes.rebuild(updates, new), memory, moved
 
 

@@ -96,7 +96,7 @@ def skip_spikes(
         norms = measure(scopes, xs, None)
         before, loss = norms[0].value, _loss(value, needed=value_rule is not None)
         finite = all_finite(norms) & jnp.isfinite(loss)
-        seen = Seen(scopes, norms, before, finite, params, None)
+        seen = Seen(scopes, norms, before, finite, params if limit.asks_for_weights else None, None)
         (threshold,), new_rule = limit.update(seen, memory["rule"])
         told = lax.stop_gradient(jnp.where(finite, loss, jnp.nan))
         highest, new_value = of_value.update(told, memory["value"], None, told)

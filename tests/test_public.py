@@ -1,8 +1,10 @@
 """The public face: names, docstrings, the registry, the version."""
 
-import importlib.metadata
 import inspect
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,7 @@ TRANSFORMS = [name for name, value in OBJECTS.items() if is_transform(value)]
 def test_all_is_sorted_and_complete():
     assert sorted(set(NAMES)) == NAMES
     modules = {path.stem for path in Path(optax_clip.__file__).parent.iterdir()}
-    public = {name for name in vars(optax_clip) if not name.startswith("_")} - modules - {"version"}
+    public = {name for name in vars(optax_clip) if not name.startswith("_")} - modules
     assert public == set(NAMES)
 
 
@@ -69,9 +71,23 @@ def test_transforms_share_their_words(name):
 
 def test_version():
     version = optax_clip.__version__
-    assert version == importlib.metadata.version("optax_clip")
     assert f"\n## [{version}] - " in (ROOT / "CHANGELOG.md").read_text("utf-8")
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+
+
+def test_a_copy_that_is_not_installed():
+    """A clone or a vendored copy: no metadata of a distribution is looked up."""
+    code = """
+import importlib.metadata
+def absent(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+importlib.metadata.version = importlib.metadata.distribution = absent
+import optax_clip
+print(optax_clip.__file__, optax_clip.__version__)
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert run.stdout.split() == [str(ROOT / "optax_clip/__init__.py"), optax_clip.__version__], run.stderr
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -291,10 +291,11 @@ class _Plan(NamedTuple):
 def _plan(norm: Norm, limit: Array, finite: Array, *, normalize: bool) -> _Plan:
     limit = jnp.maximum(limit, 0)
     over = (norm.root != 0) | jnp.isnan(limit) if normalize else norm.exceeds(limit)
-    first, second = norm.factors(jnp.where(over, limit, 1))
+    zeroed = over | (limit == 0)  # also what the device takes for a norm of 0
+    first, second = norm.factors(jnp.where(zeroed, limit, 1))
     second = jnp.where(finite, second, jnp.nan)
     after = jnp.where(finite, jnp.where(over, limit, norm.value), jnp.nan)
-    return _Plan((over | ~finite, first, second), over & finite, after)
+    return _Plan((zeroed | ~finite, first, second), over & finite, after)
 
 
 def _measured_or_given(scopes: Scopes, xs: list[Array], ord: Ord, *, norm: Any) -> list[Norm]:
@@ -327,6 +328,7 @@ def _by_norm(
         updates: optax.Updates, memory: Any, params: Any, *, grad_norm: ArrayLike | None = None, **extra: Any
     ) -> tuple[optax.Updates, Any, Any]:
         del extra
+        params = params if limits.asks_for_weights else None
         scopes, xs = Scopes.of(updates, scope, axis_name, beside=params)
         norms = _measured_or_given(scopes, xs, ord, norm=grad_norm)
         before, finite = total(scopes, [n.value for n in norms], ord), all_finite(norms)

@@ -88,7 +88,9 @@ def clip_by_value(
         high, memory = (_follow(limit, memory) if scheduled else (limit, memory))
         ends = _ends(scopes, xs, lower, high)
         inside = [_inside(x, *each) for x, each in zip(xs, ends, strict=True)]
-        clipped = _cpu.select(xs, [y != widen(x, y.dtype) for x, y in zip(xs, inside, strict=True)], inside)
+        # A device that flushes subnormal numbers takes them for 0.
+        flags = [(y != widen(x, y.dtype)) | (low == high) for x, y, (low, high) in zip(xs, inside, ends, strict=True)]
+        clipped = _cpu.select(xs, flags, inside)
 
         def report() -> Any:
             return _report(scopes, xs, ends, axis_name)

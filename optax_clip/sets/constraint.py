@@ -22,6 +22,10 @@ from optax_clip.norms import Norm, measure, total
 __all__ = ["Constraint", "initial"]
 
 
+# Optax calls a set there as if it were a schedule.
+STATIC = " Under optax.inject_hyperparams pass static_args=('constraint',)."
+
+
 class Move(NamedTuple):
     """What a projection does to a tree.
 
@@ -164,7 +168,7 @@ def no_start(name: str, value: Any) -> Callable[[optax.Params], Any]:
         del params
         raise ValueError(
             f"Expected a set relative to the start inside project_weights, whose state holds it; project "
-            f"and violation know of no start. Got {name}={value!r}."
+            f"and violation know of no start. Got {name}={value!r}.{STATIC}"
         )
 
     return raises
@@ -175,9 +179,10 @@ def as_constraint(constraint: Any) -> Constraint:
     if isinstance(constraint, Constraint):
         return constraint
     if not callable(constraint):
+        hint = STATIC if isinstance(constraint, jax.Array) else ""
         raise TypeError(
             "Expected constraint to be a set or a callable params -> params, got "
-            f"constraint={constraint!r}."
+            f"constraint={constraint!r}.{hint}"
         )
 
     def nearest(params: optax.Params) -> optax.Params:
@@ -185,7 +190,7 @@ def as_constraint(constraint: Any) -> Constraint:
         if isinstance(new, Constraint):
             raise TypeError(
                 f"Expected constraint to be a set, got constraint={constraint!r}, which makes one: call it, "
-                "as in norm_ball(1.0). Under optax.inject_hyperparams pass static_args=('constraint',)."
+                f"as in norm_ball(1.0).{STATIC}"
             )
         _same_shapes(constraint, new, params)
         moved: optax.Params = jax.tree.map(lambda y, x: jnp.asarray(y).astype(x.dtype), new, params)

@@ -61,6 +61,10 @@ One = ArrayLike | Callable[[Array], ArrayLike] | ThresholdRule
 Threshold = One | Mapping[str, One]
 
 
+class _Given(ThresholdRule):
+    """A number or a schedule: it asks for no weights, so any params will do."""
+
+
 class Seen(NamedTuple):
     """What a rule is told of a step."""
 
@@ -92,6 +96,10 @@ class Limits(NamedTuple):
     @property
     def remembers(self) -> bool:
         return any(map(_remembers, self.rules))
+
+    @property
+    def asks_for_weights(self) -> bool:
+        return not all(isinstance(rule, _Given) for rule in self.rules)
 
     def init(self, params: Any, scope: Any) -> Any:
         """The memory: one vector over all scopes, one number a label, on the devices of the weights."""
@@ -157,9 +165,9 @@ def as_rule(**named: Any) -> ThresholdRule:
             _validate.at_least(0, **{f"{name}(step)": limit})
             return jnp.full_like(norms, _limit(norms, limit)), {"step": increment(state["step"])}
 
-        return ThresholdRule(lambda norms: {"step": jnp.zeros((), jnp.int32)}, follow)
+        return _Given(lambda norms: {"step": jnp.zeros((), jnp.int32)}, follow)
     _validate.at_least(0, **named)
-    return ThresholdRule(lambda norms: (), lambda norms, state, *_: (_limit(norms, threshold), state))
+    return _Given(lambda norms: (), lambda norms, state, *_: (_limit(norms, threshold), state))
 
 
 def _limit(norms: Array, limit: ArrayLike) -> Array:
@@ -182,7 +190,7 @@ def _told(seen: Seen, states: Any) -> tuple[Cells, Array]:
 def _param_norms(seen: Seen, norms: Cells) -> Cells | None:
     if seen.params is None:
         return None
-    weights = measure(seen.scopes, seen.scopes.leaves_of(seen.params), seen.ord)
+    weights = measure(seen.scopes, seen.scopes.leaves_of(seen.params, of="a clip by a rule, such as adaptive_grad_clip,"), seen.ord)
     return [lax.stop_gradient(w.value.astype(n.dtype)) for w, n in zip(weights, norms, strict=True)]
 
 
