@@ -9,6 +9,7 @@ from jax import Array, lax
 
 from optax_clip._numerics import is_float8, nextafter, straight_through
 
+
 def sum_dtype(p: Any, u: Any) -> Any:
     """The dtype that JAX adds two arrays in, which strict promotion would refuse to name."""
     with jax.numpy_dtype_promotion("standard"):
@@ -17,7 +18,9 @@ def sum_dtype(p: Any, u: Any) -> Any:
 
 def carrier(p: Array, u: Array) -> Any:
     """A dtype of at least 32 bits that holds the numbers of both arrays."""
-    return np.promote_types(sum_dtype(p, u), np.float32) if not is_float8(sum_dtype(p, u)) else jnp.float32
+    return (
+        np.promote_types(sum_dtype(p, u), np.float32) if not is_float8(sum_dtype(p, u)) else jnp.float32
+    )
 
 
 def as_stored(x: Array, dtype: Any) -> Array:

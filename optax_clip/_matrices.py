@@ -79,7 +79,9 @@ class _Split(NamedTuple):
         return cls(mesh, tuple(batch), rows) if rows or any(batch) or explicit and used else cls()
 
     def sharding(self, *matrix: tuple[str, ...]) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec(*(axes or None for axes in (*self.batch, *matrix))))
+        return NamedSharding(
+            self.mesh, PartitionSpec(*(axes or None for axes in (*self.batch, *matrix)))
+        )
 
     @property
     def explicit(self) -> bool:
@@ -274,9 +276,7 @@ class _Pass(NamedTuple):
     ends: Array
 
 
-def _cap(
-    split: _Split, y: Array, limit: Array, peak: Array, method: Method
-) -> tuple[Array, Array]:
+def _cap(split: _Split, y: Array, limit: Array, peak: Array, method: Method) -> tuple[Array, Array]:
     """Singular values capped, and what the largest one reaches at least where it is above the limit."""
     start, unit = lax.stop_gradient(y), power_of_two(peak)
     ratio, most = lax.stop_gradient(limit) / unit, 2 * math.sqrt(math.prod(y.shape[-2:]))

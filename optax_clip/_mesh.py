@@ -41,7 +41,9 @@ def reduction_axes(axis_name: AxisName, x: Any = 0.0) -> Axes:
     return (*given, *(a for a in varying_axes(x) if a not in given))
 
 
-def all_reduce(values: Sequence[Array], axes: Sequence[Axes], collective: Callable[..., Any]) -> list[Array]:
+def all_reduce(
+    values: Sequence[Array], axes: Sequence[Axes], collective: Callable[..., Any]
+) -> list[Array]:
     """Reduce each value over its own mapped axes, one collective for all that share them."""
     out = list(values)
     for names in dict.fromkeys(axes):
@@ -66,7 +68,11 @@ def is_explicit(x: Any) -> bool:
 
 def replicated(x: Array) -> Array:
     """``x`` whole on each device where the mesh is explicit; XLA places it elsewhere."""
-    return jax.sharding.reshard(x, jax.typeof(x).sharding.update(spec=PartitionSpec())) if is_explicit(x) else x
+    return (
+        jax.sharding.reshard(x, jax.typeof(x).sharding.update(spec=PartitionSpec()))
+        if is_explicit(x)
+        else x
+    )
 
 
 def place_like(state: T, params: Any) -> T:

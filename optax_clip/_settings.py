@@ -118,14 +118,22 @@ def per_scope(scopes: Scopes, xs: Sequence[Array], like: Cells, **named: Any) ->
             if missing:
                 raise ValueError(f"Expected {name} for each label, got none for {sorted(missing)}.")
             return [jnp.stack([_bound(by_label[label], dtype) for label in scopes.labels or ()])]
-        if callable(value) or jax.tree_util.treedef_is_leaf(jax.tree.structure(value)) is False or jnp.ndim(value):
-            raise ValueError(f'Expected {name} to be one number with scope="global" or groups, got a tree.')
+        if (
+            callable(value)
+            or jax.tree_util.treedef_is_leaf(jax.tree.structure(value)) is False
+            or jnp.ndim(value)
+        ):
+            raise ValueError(
+                f'Expected {name} to be one number with scope="global" or groups, got a tree.'
+            )
         return [_bound(value, dtype)]
     values = [_bound(x, dtype) for x in per_leaf(scopes, xs, scopes.shapes, **named)]
     parts = []
     for (_, where), x, shape in zip(scopes.homes, values, scopes.shapes, strict=True):
         flat = isinstance(where, int)
-        parts.append(x.reshape(()) if flat else jnp.broadcast_to(x, shape) if where else aligned(x, len(shape)))
+        parts.append(
+            x.reshape(()) if flat else jnp.broadcast_to(x, shape) if where else aligned(x, len(shape))
+        )
     return scopes.cells(parts)
 
 

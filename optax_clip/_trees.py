@@ -127,7 +127,9 @@ class Scopes(NamedTuple):
         shown = [y if x is None else x for x, y in zip(leaves, others, strict=True)]
         places = tuple(i for i, x in enumerate(leaves) if is_inexact(x))
         axes = {i: reduced_axes(scope, paths[i], x) for i, x in enumerate(shown) if is_inexact(x)}
-        kept = {i: tuple(1 if a in axes[i] else n for a, n in enumerate(shape_of(shown[i]))) for i in axes}
+        kept = {
+            i: tuple(1 if a in axes[i] else n for a, n in enumerate(shape_of(shown[i]))) for i in axes
+        }
         mapped = [_mapped(paths[i], leaves[i], axes[i], axis_name) for i in places]
         sizes = [
             math.prod(shape_of(leaves[i])[a] for a in axes[i]) * axis_size(names)
@@ -229,7 +231,9 @@ class Scopes(NamedTuple):
         On one device the rows of large leaves are summed first: what is left of all ways then takes one
         kernel a leaf, not one each.
         """
-        if jax.device_count() > 1 or not all(isinstance(where, int) or self.is_global for _, where in self.homes):
+        if jax.device_count() > 1 or not all(
+            isinstance(where, int) or self.is_global for _, where in self.homes
+        ):
             return [self.sum(terms) for terms in ways]
         scopes, first = _joined(self, ways[0])
         columns = zip(first, *(_joined(self, terms)[1] for terms in ways[1:]), strict=True)

@@ -59,7 +59,9 @@ def between(low: float, high: float, **named: Any) -> None:
     """Each value is one real number in [low, high]."""
     number(**named)
     for name, x in named.items():
-        _require(name, x, lambda value: (low <= value) & (value <= high), f"{low:g} <= {name} <= {high:g}")
+        _require(
+            name, x, lambda value: (low <= value) & (value <= high), f"{low:g} <= {name} <= {high:g}"
+        )
 
 
 def in_unit_interval(**named: Any) -> None:
@@ -128,7 +130,9 @@ def labels(paths: Any, names: Mapping[int, Any]) -> None:
     """Each leaf has a label that is a non-empty string."""
     for i, label in names.items():
         if not isinstance(label, str) or not label:
-            raise TypeError(f"Expected label(path, leaf) to be a non-empty string, got {label!r} for {paths[i]!r}.")
+            raise TypeError(
+                f"Expected label(path, leaf) to be a non-empty string, got {label!r} for {paths[i]!r}."
+            )
 
 
 def static(**named: Any) -> None:

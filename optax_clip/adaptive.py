@@ -70,7 +70,9 @@ def adaptive_grad_clip(
     rule = relative_to_params(ratio, eps=eps)
     if isinstance(scope, str) and scope == "unit":
         scope = _unit_or_leaf
-    return clip_by_norm(rule, scope=scope, nonfinite=nonfinite, axis_name=axis_name, name=name, record=record)
+    return clip_by_norm(
+        rule, scope=scope, nonfinite=nonfinite, axis_name=axis_name, name=name, record=record
+    )
 
 
 def _unit_or_leaf(path: str, leaf: Any) -> str:
@@ -129,7 +131,9 @@ def autoclip(
     """
     _validate.between(0, 100, percentile=percentile)
     rule = window_quantile(percentile / 100, window=window)
-    return clip_by_norm(rule, scope="global", nonfinite=nonfinite, axis_name=axis_name, name=name, record=record)
+    return clip_by_norm(
+        rule, scope="global", nonfinite=nonfinite, axis_name=axis_name, name=name, record=record
+    )
 
 
 def zclip(
@@ -186,7 +190,9 @@ def zclip(
         Kumar, Owen, Roy Chowdhury, Güra, 2025, https://arxiv.org/abs/2504.02507
     """
     rule = zscore(z, decay=decay, warmup=warmup, max_norm=max_norm)
-    return clip_by_norm(rule, scope="global", nonfinite=nonfinite, axis_name=axis_name, name=name, record=record)
+    return clip_by_norm(
+        rule, scope="global", nonfinite=nonfinite, axis_name=axis_name, name=name, record=record
+    )
 
 
 def adagc(
@@ -244,7 +250,9 @@ def adagc(
         Wang, Liu, Xu, Chen, Zhu, Hong, Xu, Zhang, Shi, Ma, Wu, 2025, https://arxiv.org/abs/2502.11034
     """
     rule = ema_ratio(ratio, decay=decay, warmup=warmup, max_norm=max_norm)
-    return clip_by_norm(rule, scope="leaf", nonfinite=nonfinite, axis_name=axis_name, name=name, record=record)
+    return clip_by_norm(
+        rule, scope="leaf", nonfinite=nonfinite, axis_name=axis_name, name=name, record=record
+    )
 
 
 def clip_by_update_rms(

@@ -63,7 +63,8 @@ def mask_outward(
         scopes, gs = Scopes.of(updates, "leaf", axis_name=(), beside=params)
         ps = scopes.leaves_of(params, of="mask_outward")
         ends = [
-            jnp.where(g == 0, p, -jnp.sign(g).astype(p.dtype) * jnp.inf) for g, p in zip(gs, ps, strict=True)
+            jnp.where(g == 0, p, -jnp.sign(g).astype(p.dtype) * jnp.inf)
+            for g, p in zip(gs, ps, strict=True)
         ]
         _, bounds = Scopes.of(constraint(scopes.alone(ends)), "leaf", axis_name=())
         held = [_is_held(*each) for each in zip(gs, ps, bounds, strict=True)]
@@ -110,7 +111,10 @@ def where(predicate: Callable[[str, Any], bool]) -> Callable[[Any], Any]:
 
     def mask(tree: Any) -> Any:
         paths, leaves, treedef = flatten(tree)
-        flags = [None if x is None else bool(predicate(p, as_struct(x))) for p, x in zip(paths, leaves, strict=True)]
+        flags = [
+            None if x is None else bool(predicate(p, as_struct(x)))
+            for p, x in zip(paths, leaves, strict=True)
+        ]
         if any(x is not None for x in leaves) and not any(flags) and not seen:
             seen.append(paths)
             warnings.warn(

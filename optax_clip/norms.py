@@ -200,7 +200,10 @@ def measure(
     if p not in (1, 2):
         return _power_norms(scopes, [read(*x) for x in parts], p)
     sums, scales = _sums_in_range(Powers(scopes, p, dtype, read), parts)
-    means = [s / jnp.maximum(_like(n, s), 1) if ord == "rms" else s for s, n in zip(sums, scopes.counts, strict=True)]
+    means = [
+        s / jnp.maximum(_like(n, s), 1) if ord == "rms" else s
+        for s, n in zip(sums, scopes.counts, strict=True)
+    ]
     return [Norm.of(_root(s, p), k) for s, k in zip(means, scales, strict=True)]
 
 
@@ -251,7 +254,9 @@ def _sums_in_range(powers: Powers, parts: list[tuple[Array, ...]]) -> tuple[Cell
     ways = [wide, [scale(x, small) for x in wide], [scale(_capped(x), large) for x in wide]]
     plain, shrunk, grown = powers.scopes.sums([[_power(x, powers.p) for x in way] for way in ways])
     sums, scales = [], []
-    for middle, less, more, (high, low) in zip(plain, shrunk, grown, powers.out_of_range(plain), strict=True):
+    for middle, less, more, (high, low) in zip(
+        plain, shrunk, grown, powers.out_of_range(plain), strict=True
+    ):
         sums.append(jnp.where(high, less, jnp.where(low, more, middle)))
         scales.append(jnp.where(high, small, jnp.where(low, large, 1)).astype(powers.dtype))
     return sums, scales
@@ -296,7 +301,9 @@ def total(scopes: Scopes, values: Cells, ord: Ord) -> Array:
     top = peak * scaling
     terms = [_power(v * scaling / top, p) for v in values]
     if ord == "rms":
-        sizes = [jnp.broadcast_to(_like(n, v), v.shape) for n, v in zip(scopes.counts, values, strict=True)]
+        sizes = [
+            jnp.broadcast_to(_like(n, v), v.shape) for n, v in zip(scopes.counts, values, strict=True)
+        ]
         mean = pool([t * n for t, n in zip(terms, sizes, strict=True)]) / jnp.maximum(pool(sizes), 1)
         return top * _root(mean, p) / scaling
     return top * _root(pool(terms, maximum=p == math.inf), p) / scaling

@@ -222,13 +222,19 @@ def _measured_then_landed(how: _How, ps: list[Array], us: list[Array], memory: A
     numbers = _cpu.constants(accumulator(ps))
     own, again = ([_cpu.apart(p, u, *numbers) for p, u in zip(ps, us, strict=True)] for _ in range(2))
     gaps, marks = (
-        how.constraint.outside(how.scopes.alone([add_as_apply_updates(p, u) for p, u, *_ in parts]), memory)
+        how.constraint.outside(
+            how.scopes.alone([add_as_apply_updates(p, u) for p, u, *_ in parts]), memory
+        )
         for parts in (own, again)
     )
     squares = [jnp.sum(gap * gap) for gap in gaps]
     counts = [jnp.sum(_cpu.indicator(gap, *parts[2:])) for gap, parts in zip(marks, again, strict=True)]
     broken = functools.reduce(jnp.logical_or, map(jnp.isnan, counts), jnp.array(False))
-    counts = _cpu.cond(broken, lambda: [jnp.sum(~(gap <= 0), dtype=x.dtype) for gap, x in zip(gaps, counts, strict=True)], lambda: counts)
+    counts = _cpu.cond(
+        broken,
+        lambda: [jnp.sum(~(gap <= 0), dtype=x.dtype) for gap, x in zip(gaps, counts, strict=True)],
+        lambda: counts,
+    )
     us, moved = lax.optimization_barrier((us, _over_all(how, ps, squares, counts)))
     new, memory, _ = _landed(how._replace(record=False), ps, us, memory)
     return new, memory, moved

@@ -47,7 +47,9 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
         clip/steps_nonfinite 0
     """
     if any(callable(x) for x in jax.tree.leaves(opt_state)):
-        raise TypeError(f"Expected opt_state to be the state of a transform, got opt_state={opt_state!r}.")
+        raise TypeError(
+            f"Expected opt_state to be the state of a transform, got opt_state={opt_state!r}."
+        )
     records: dict[Any, dict[str, dict[str, jax.Array]]] = {}
     for path, packed in jax.tree_util.tree_leaves_with_path(opt_state):
         keys = [str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", "")))) for k in path]

@@ -75,7 +75,9 @@ def rescale_weights(
         del given, seen
         return {"share": (fraction([each.factor != 1 for each in scaled if each.p.size]),)}
 
-    return _by_signal(_How(factors, signal, "rescale_weights", share), ("share", "signals"), name, record)
+    return _by_signal(
+        _How(factors, signal, "rescale_weights", share), ("share", "signals"), name, record
+    )
 
 
 def qk_clip(
@@ -150,7 +152,9 @@ def qk_clip(
         share = fraction([x < 1 for x in jax.tree.leaves(etas)])
         return {"logits": (_largest(jax.tree.leaves(logits)), share)}
 
-    how = _How(factors, "max_logits", "qk_clip", gauges, everywhere, lambda tree: jax.tree.map(eta, tree))
+    how = _How(
+        factors, "max_logits", "qk_clip", gauges, everywhere, lambda tree: jax.tree.map(eta, tree)
+    )
     return _by_signal(how, ("logits", "signals"), name, record)
 
 
@@ -211,7 +215,9 @@ def _by_signal(
         ps = scopes.leaves_of(params)
         paths = [scopes.paths[i] for i in scopes.places]
         # Behind a barrier: compilers would else form the factors anew for each entry.
-        fs = lax.optimization_barrier([how.factor(*leaf, signal) for leaf in zip(paths, ps, strict=True)])
+        fs = lax.optimization_barrier(
+            [how.factor(*leaf, signal) for leaf in zip(paths, ps, strict=True)]
+        )
         scaled = [None if f is None else _Scaled(p, u, f) for p, u, f in zip(ps, us, fs, strict=True)]
         new = [u if each is None else _rescaled(*each) for u, each in zip(us, scaled, strict=True)]
 

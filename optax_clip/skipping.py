@@ -85,9 +85,16 @@ def skip_spikes(
     _validate.record(record)
 
     def init(params: optax.Params) -> Any:
-        first = {"skipped_in_a_row": jnp.zeros((), jnp.int32), "value": of_value.init(jnp.zeros((), jnp.float32))}
+        first = {
+            "skipped_in_a_row": jnp.zeros((), jnp.int32),
+            "value": of_value.init(jnp.zeros((), jnp.float32)),
+        }
         inner_state = guarded.init(params)
-        return {**place_like(first, params), "rule": limit.init(params, "global"), "inner_state": inner_state}
+        return {
+            **place_like(first, params),
+            "rule": limit.init(params, "global"),
+            "inner_state": inner_state,
+        }
 
     def step(
         updates: optax.Updates, memory: Any, params: Any, *, value: Any = None, **extra: Any
@@ -113,7 +120,9 @@ def skip_spikes(
             "skipped_in_a_row": jnp.where(finite, in_a_row, memory["skipped_in_a_row"]),
             "value": new_value,
             "rule": new_rule,
-            "inner_state": jax.tree.map(lambda x, y: jnp.where(take, x, y), inner_state, memory["inner_state"]),
+            "inner_state": jax.tree.map(
+                lambda x, y: jnp.where(take, x, y), inner_state, memory["inner_state"]
+            ),
         }
 
         def report() -> Report:
@@ -144,7 +153,9 @@ def _value_rule(value_rule: Any) -> ThresholdRule:
     if value_rule is None or callable(value_rule) or isinstance(value_rule, ThresholdRule):
         return as_rule(value_rule=jnp.inf if value_rule is None else value_rule)
     _validate.number(value_rule=value_rule)
-    return ThresholdRule(lambda _: (), lambda norms, state, *_: (jnp.asarray(value_rule, norms.dtype), state))
+    return ThresholdRule(
+        lambda _: (), lambda norms, state, *_: (jnp.asarray(value_rule, norms.dtype), state)
+    )
 
 
 def _loss(value: Any, *, needed: bool) -> Array:

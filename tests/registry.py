@@ -257,7 +257,13 @@ ROWS = (
     weights("norm_ball, inf", lambda r: oc.norm_ball(r, ord=math.inf), at=0.5, elementwise=True),
     weights("norm_ball, unit", lambda r: oc.norm_ball(r, scope="unit"), at=1.0),
     weights("norm_sphere", oc.norm_sphere, at=1.0, only_outside=False),
-    weights("norm_sphere, initial", lambda k: oc.norm_sphere(oc.initial(k)), at=0.5, only_outside=False, abstract=False),
+    weights(
+        "norm_sphere, initial",
+        lambda k: oc.norm_sphere(oc.initial(k)),
+        at=0.5,
+        only_outside=False,
+        abstract=False,
+    ),
     weights(
         "norm_ball, initial, inf",
         lambda k: oc.norm_ball(oc.initial(k), ord=math.inf),

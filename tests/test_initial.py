@@ -40,7 +40,9 @@ ORDERS = {"ball, 1": 1, "ball, inf": math.inf}
 def tree(seed, size=1.0):
     random = np.random.default_rng(seed)
     shapes = {"a": (3, 6, 4), "b": (5, 4)}
-    return {key: jnp.asarray(size * random.normal(size=shape), jnp.float32) for key, shape in shapes.items()}
+    return {
+        key: jnp.asarray(size * random.normal(size=shape), jnp.float32) for key, shape in shapes.items()
+    }
 
 
 def norms(tree, scope, ord=None):
@@ -114,7 +116,9 @@ def test_kappa(kappa):
 
 def test_radii_by_formula_and_by_array():
     params, grads = tree(0), tree(1, 5.0)
-    by_shape, _ = stepped(norm_sphere(lambda path, x: math.sqrt(x.size) if path == "a" else 2.0), params, grads)
+    by_shape, _ = stepped(
+        norm_sphere(lambda path, x: math.sqrt(x.size) if path == "a" else 2.0), params, grads
+    )
     np.testing.assert_allclose(np.linalg.norm(by_shape["a"]), math.sqrt(72), rtol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(by_shape["b"]), 2.0, rtol=1e-6)
     radii = np.array([1.0, 2.0, 3.0], np.float32)[:, None, None]
@@ -233,7 +237,9 @@ def hyperball(w, directions, lr):
 def stacked_muon():
     """Optax's Muon for `[..., in, out]`: it takes all other axes as a batch."""
     numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-    return optax.contrib.scale_by_muon(weight_dimension_numbers=lambda params: jax.tree.map(lambda _: numbers, params))
+    return optax.contrib.scale_by_muon(
+        weight_dimension_numbers=lambda params: jax.tree.map(lambda _: numbers, params)
+    )
 
 
 @pytest.mark.parametrize(
@@ -259,7 +265,9 @@ def test_hyperball_on_a_stack_is_its_formula_on_each_matrix(inner, direction, st
     print(f"{direction.__name__}: {error:.1e}")
     with jax.numpy_rank_promotion("allow"):
         np.testing.assert_allclose(params["w"], expected, rtol=1e-4, atol=2e-5)
-    np.testing.assert_allclose(frobenius(np.asarray(params["w"], np.float64)), frobenius(start), rtol=1e-6)
+    np.testing.assert_allclose(
+        frobenius(np.asarray(params["w"], np.float64)), frobenius(start), rtol=1e-6
+    )
 
 
 def test_lars_is_a_normalisation_by_a_rule(standard_promotion):

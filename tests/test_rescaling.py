@@ -81,7 +81,9 @@ def turned(x):
     angle = np.arange(len(x))[:, None] * 10.0 ** -np.arange(ROPE // 2)
     angle = angle.reshape(len(x), *(1,) * (x.ndim - 2), ROPE // 2)
     a, b = np.split(x, 2, axis=-1)
-    return np.concatenate([a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)], -1)
+    return np.concatenate(
+        [a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)], -1
+    )
 
 
 def mla(w, x):
@@ -89,7 +91,9 @@ def mla(w, x):
     latent = x @ w["key_value_down"]
     k = np.einsum("ir,rhd->ihd", latent, w["key_value_up"])[..., :NOPE]
     rotary = turned(x @ w["key_rope"])
-    return np.einsum("ihd,jhd->hij", q[..., :NOPE], k) + np.einsum("ihd,jd->hij", turned(q[..., NOPE:]), rotary)
+    return np.einsum("ihd,jhd->hij", q[..., :NOPE], k) + np.einsum(
+        "ihd,jd->hij", turned(q[..., NOPE:]), rotary
+    )
 
 
 SHAPES = {
@@ -145,7 +149,9 @@ def test_largest_logit_is_at_most_the_limit(kind, dtype):
 
 def test_values_of_mla_keep_their_bits():
     params = weights(SHAPES["mla"], "float32")
-    new, _, _ = apply(qk_clip(factors_of("mla"), max_logit=1.0), params, max_logits=jnp.full(HEADS, 50.0))
+    new, _, _ = apply(
+        qk_clip(factors_of("mla"), max_logit=1.0), params, max_logits=jnp.full(HEADS, 50.0)
+    )
     np.testing.assert_array_equal(new["key_value_up"][..., NOPE:], params["key_value_up"][..., NOPE:])
     assert np.all(new["key_value_up"][..., :NOPE] != params["key_value_up"][..., :NOPE])
 
@@ -202,7 +208,9 @@ def test_after_the_step(dtype, update_dtype):
 def test_below_the_limit_every_bit_stays(dtype):
     params, grads = a_step(dtype, dtype)
     grads["q"] = grads["q"].at[0, 0, 0].set(float(jnp.finfo(dtype).smallest_subnormal))
-    _, updates, state = apply(qk_clip(root), params, grads, max_logits=jnp.array([0.0, -3.0, 100.0, 5.0]))
+    _, updates, state = apply(
+        qk_clip(root), params, grads, max_logits=jnp.array([0.0, -3.0, 100.0, 5.0])
+    )
     assert updates["q"].tobytes() == grads["q"].tobytes()
     assert metrics(state)["qk_clip/fraction"] == 0
     assert metrics(state)["qk_clip/max_logit"] == 100
@@ -254,7 +262,9 @@ def test_factors_above_one_grow():
 @pytest.mark.parametrize("limit", [0.0, jnp.inf])
 def test_ends_of_the_limit(limit):
     params, grads = a_step("float32", "float32")
-    new, updates, _ = apply(qk_clip(root, max_logit=limit), params, grads, max_logits=jnp.array([0.0, -1.0, 3.0, 9.0]))
+    new, updates, _ = apply(
+        qk_clip(root, max_logit=limit), params, grads, max_logits=jnp.array([0.0, -1.0, 3.0, 9.0])
+    )
     over = slice(2, None) if limit == 0 else slice(4, None)
     assert np.all(new["q"][:, over] == 0)
     np.testing.assert_array_equal(updates["q"][:, :2], grads["q"][:, :2])

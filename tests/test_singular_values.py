@@ -54,7 +54,9 @@ def test_other_dtypes(dtype):
         x = x + 1j * matrices((8, 6), dtype, seed=1)
     updates, _ = clip(clip_singular_values(1.0), {"w": x})
     assert updates["w"].dtype == x.dtype
-    error = np.abs(np.asarray(updates["w"], np.complex128) - oracle(np.asarray(x, np.complex128), 1.0)).max()
+    error = np.abs(
+        np.asarray(updates["w"], np.complex128) - oracle(np.asarray(x, np.complex128), 1.0)
+    ).max()
     print(f"{dtype}: {error:.1e}")
     assert error <= max(float(jnp.finfo(dtype).eps), 1e-5)
 
@@ -69,7 +71,11 @@ def test_within_the_limit_every_bit_stays():
     for key in "bsn":
         np.testing.assert_array_equal(updates[key], tree[key])
     found = metrics(state)
-    assert (found["clip/fraction"], found["clip/threshold"], found["clip/steps_clipped"]) == (0.5, 1.0, 1)
+    assert (found["clip/fraction"], found["clip/threshold"], found["clip/steps_clipped"]) == (
+        0.5,
+        1.0,
+        1,
+    )
     for when, some in (("before", tree), ("after", updates)):
         parts = [np.asarray(some[key], np.float64) for key in "wbs"]
         norm = np.sqrt(sum(np.sum(part**2) for part in parts))
@@ -98,7 +104,11 @@ def test_not_finite_acts_on_the_whole_tree(policy, bad):
         np.testing.assert_array_equal(updates[key], jnp.full_like(tree[key], expected))
     np.testing.assert_array_equal(updates["n"], tree["n"])
     found = metrics(state)
-    assert (found["clip/steps_nonfinite"], found["clip/steps_clipped"], found["clip/fraction"]) == (1, 0, 0)
+    assert (found["clip/steps_nonfinite"], found["clip/steps_clipped"], found["clip/fraction"]) == (
+        1,
+        0,
+        0,
+    )
 
 
 def test_traced_limits():

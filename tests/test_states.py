@@ -54,9 +54,7 @@ def test_map_params(row):
     """Of a chain with Adam, nothing but its moments is like the weights."""
     tx = optax.chain(row.make(), optax.adam(0.1))
     state = tx.init(PARAMS)
-    seen = optax.tree.map_params(
-        tx, lambda x: "weights", state, transform_non_params=lambda x: "other"
-    )
+    seen = optax.tree.map_params(tx, lambda x: "weights", state, transform_non_params=lambda x: "other")
     assert jax.tree.structure(seen) == jax.tree.structure(state)
     adam, (clip, *_) = optax.tree.get(seen, "ScaleByAdamState"), seen
     assert set(jax.tree.leaves((adam.mu, adam.nu))) == {"weights"}

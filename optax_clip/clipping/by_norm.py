@@ -271,7 +271,8 @@ def rescale(
     )
     factors = zip(scopes.per_leaf(firsts), scopes.per_leaf(seconds), strict=True)
     moved = [
-        scale(widen(x, first.dtype), first, second) for x, (first, second) in zip(xs, factors, strict=True)
+        scale(widen(x, first.dtype), first, second)
+        for x, (first, second) in zip(xs, factors, strict=True)
     ]
     if nonfinite == "zero":
         moved = [lax.select(finite, y, jnp.zeros_like(y)) for y in moved]
@@ -302,7 +303,9 @@ def _measured_or_given(scopes: Scopes, xs: list[Array], ord: Ord, *, norm: Any) 
     if norm is None or not scopes.is_global:
         return measure(scopes, xs, ord)
     if jnp.ndim(norm):
-        raise ValueError(f"Expected grad_norm to be one number, got grad_norm of shape {jnp.shape(norm)}.")
+        raise ValueError(
+            f"Expected grad_norm to be one number, got grad_norm of shape {jnp.shape(norm)}."
+        )
     return [Norm.of(as_dtype(norm, accumulator(xs)))]
 
 
@@ -325,7 +328,12 @@ def _by_norm(
         return limits.init(params, scope)
 
     def step(
-        updates: optax.Updates, memory: Any, params: Any, *, grad_norm: ArrayLike | None = None, **extra: Any
+        updates: optax.Updates,
+        memory: Any,
+        params: Any,
+        *,
+        grad_norm: ArrayLike | None = None,
+        **extra: Any,
     ) -> tuple[optax.Updates, Any, Any]:
         del extra
         params = params if limits.asks_for_weights else None
@@ -337,7 +345,9 @@ def _by_norm(
 
         def report() -> Report:
             after = total(scopes, clipped.after, ord)
-            parts = named.report(scopes, [n.value for n in norms], clipped.after, bounds) if named else {}
+            parts = (
+                named.report(scopes, [n.value for n in norms], clipped.after, bounds) if named else {}
+            )
             return clip_report(before, after, lowest(bounds), fraction(clipped.over), finite, parts)
 
         return scopes.rebuild(updates, clipped.leaves), memory, report
@@ -378,7 +388,9 @@ class _NamedParts(NamedTuple):
 def _named_parts(scope: Scope, record: Record) -> _NamedParts | None:
     _validate.record(record, "scopes")
     if record == "scopes" and scope != "leaf" and not isinstance(scope, Groups):
-        raise ValueError(f'Expected record="scopes" only with scope="leaf" or groups, got scope={scope!r}.')
+        raise ValueError(
+            f'Expected record="scopes" only with scope="leaf" or groups, got scope={scope!r}.'
+        )
     return _NamedParts(scope) if record and (record == "scopes" or isinstance(scope, Groups)) else None
 
 

@@ -90,14 +90,18 @@ def clip_singular_values(
         norms = measure(scopes, xs, None)
         finite = all_finite(norms)
         (limit,), memory = limits.update(Seen(scopes, norms, norms[0].value, finite, None, None), memory)
-        capped = [_matrices.cap_singular_values(x, limit, method=method) if _is_matrix(x) else x for x in xs]
+        capped = [
+            _matrices.cap_singular_values(x, limit, method=method) if _is_matrix(x) else x for x in xs
+        ]
         spoilt = jnp.where(~finite & (nonfinite == "zero"), 0, jnp.nan)
         broken = ~finite | jnp.isnan(limit)
         new = [jnp.where(broken, spoilt.astype(x.dtype), x) for x in capped]
 
         def report() -> Report:
             (after,) = measure(scopes, new, None)
-            changed = [jnp.any(x != y, axis=(-2, -1)) for x, y in zip(xs, new, strict=True) if _is_matrix(x)]
+            changed = [
+                jnp.any(x != y, axis=(-2, -1)) for x, y in zip(xs, new, strict=True) if _is_matrix(x)
+            ]
             return clip_report(norms[0].value, after.value, limit, fraction(changed), finite)
 
         return scopes.rebuild(updates, new), memory, report

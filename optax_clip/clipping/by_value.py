@@ -11,7 +11,16 @@ from jax import Array, lax
 
 from optax_clip import _cpu, _settings, _validate
 from optax_clip._mesh import all_reduce, reduction_axes
-from optax_clip._numerics import accumulator, as_dtype, power_of_two, reciprocal, round_down, round_up, scale, widen
+from optax_clip._numerics import (
+    accumulator,
+    as_dtype,
+    power_of_two,
+    reciprocal,
+    round_down,
+    round_up,
+    scale,
+    widen,
+)
 from optax_clip._records import Report, increment, transform
 from optax_clip._settings import Setting
 from optax_clip._trees import Scopes
@@ -85,11 +94,14 @@ def clip_by_value(
     def step(updates: optax.Updates, memory: Any, params: Any, **extra: Any) -> tuple[Any, Any, Any]:
         del params, extra
         scopes, xs = Scopes.of(updates, "global", axis_name)
-        high, memory = (_follow(limit, memory) if scheduled else (limit, memory))
+        high, memory = _follow(limit, memory) if scheduled else (limit, memory)
         ends = _ends(scopes, xs, lower, high)
         inside = [_inside(x, *each) for x, each in zip(xs, ends, strict=True)]
         # A device that flushes subnormal numbers takes them for 0.
-        flags = [(y != widen(x, y.dtype)) | (low == high) for x, y, (low, high) in zip(xs, inside, ends, strict=True)]
+        flags = [
+            (y != widen(x, y.dtype)) | (low == high)
+            for x, y, (low, high) in zip(xs, inside, ends, strict=True)
+        ]
         clipped = _cpu.select(xs, flags, inside)
 
         def report() -> Any:
@@ -103,7 +115,9 @@ def clip_by_value(
 def _check_limit(limit: Any) -> None:
     if limit is None or isinstance(limit, str):
         off = " To switch a clip off give jnp.inf." if limit is None else ""
-        raise TypeError(f"Expected limit to be a number, a tree of numbers or a schedule, got limit={limit!r}.{off}")
+        raise TypeError(
+            f"Expected limit to be a number, a tree of numbers or a schedule, got limit={limit!r}.{off}"
+        )
     _settings.at_least(0, limit=limit)
 
 
@@ -187,12 +201,14 @@ def _statistics(
     return before.value, after.value, jnp.isnan(before.root), outside
 
 
-_statistics = _cpu.instead(
-    functools.partial(_statistics, read=_cpu.apart, indicator=_cpu.indicator)
-)(_statistics)
+_statistics = _cpu.instead(functools.partial(_statistics, read=_cpu.apart, indicator=_cpu.indicator))(
+    _statistics
+)
 
 
-def _report(scopes: Scopes, xs: list[Array], ends: list[tuple[Array, Array]], axis_name: AxisName) -> Report:
+def _report(
+    scopes: Scopes, xs: list[Array], ends: list[tuple[Array, Array]], axis_name: AxisName
+) -> Report:
     before, after, broken, outside = _statistics(_Reading(scopes, axis_name), xs, ends)
     size = max(scopes.counts[0].item(), 1)
     each = [jnp.min(jnp.minimum(high, -low), initial=jnp.inf) for low, high in ends]

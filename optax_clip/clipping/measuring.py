@@ -85,7 +85,10 @@ def record_norms(
 
         def report() -> Report:
             scopes, xs = Scopes.of(updates, scope, axis_name, beside=params)
-            trees = {"updates": lambda: xs, "params": lambda: scopes.leaves_of(params, of="record_norms")}
+            trees = {
+                "updates": lambda: xs,
+                "params": lambda: scopes.leaves_of(params, of="record_norms"),
+            }
             columns = [_norms(scopes, trees[tree](), ord) for tree in trees if tree in of]
             if len(columns) == 2:
                 u, w = columns

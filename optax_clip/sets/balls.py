@@ -193,7 +193,9 @@ def _cube(radius: Setting, axis_name: AxisName) -> Constraint:
     return box(jax.tree.map(operator.neg, bound), bound, axis_name=axis_name)
 
 
-def _norm_set(bounds: NormBounds, move: Any, lower: str, upper: str, *, shrinks: bool | None) -> Constraint:
+def _norm_set(
+    bounds: NormBounds, move: Any, lower: str, upper: str, *, shrinks: bool | None
+) -> Constraint:
     """The set of all trees whose norms are between two bounds, "" for none."""
 
     def excess(params: optax.Params) -> Array:
@@ -201,7 +203,9 @@ def _norm_set(bounds: NormBounds, move: Any, lower: str, upper: str, *, shrinks:
         scopes, xs, norms = bounds.cut(params)
         values = [norm.value for norm in norms]
         highs = bounds.read(upper, scopes, xs, values, None)
-        lows = bounds.read(lower, scopes, xs, values, None) if lower else [jnp.zeros_like(h) for h in highs]
+        lows = (
+            bounds.read(lower, scopes, xs, values, None) if lower else [jnp.zeros_like(h) for h in highs]
+        )
         ends = zip(values, lows, highs, strict=True)
         gaps = [jnp.maximum(jnp.where(v > 0, low - v, 0), v - high) for v, low, high in ends]
         return largest([jnp.maximum(gap, 0) for gap in gaps])

@@ -145,7 +145,9 @@ def init_box(kappa: ArrayLike, *, axis_name: AxisName = None) -> Constraint:
         bounds = jnp.zeros(len(scopes.paths), jnp.float32)
         for place, _, bound in places:
             parent = _parent(scopes.paths[place])
-            beside = [b for i, x, b in places if _parent(scopes.paths[i]) == parent and len(shape_of(x)) > 1]
+            beside = [
+                b for i, x, b in places if _parent(scopes.paths[i]) == parent and len(shape_of(x)) > 1
+            ]
             spare = functools.reduce(jnp.maximum, beside, jnp.float32(0))
             spare = jnp.where(spare == 0, jnp.inf, spare)
             bounds = bounds.at[place].set(jnp.where(bound == 0, spare, bound))

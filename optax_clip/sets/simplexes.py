@@ -12,7 +12,14 @@ from jax import Array, lax
 
 from optax_clip import _settings, _validate
 from optax_clip._mesh import all_devices_agree
-from optax_clip._numerics import accumulator, broadcast_like, round_toward_zero, scale, straight_through, widen
+from optax_clip._numerics import (
+    accumulator,
+    broadcast_like,
+    round_toward_zero,
+    scale,
+    straight_through,
+    widen,
+)
 from optax_clip._settings import Initial, Setting
 from optax_clip._trees import Cells, Scopes
 from optax_clip._values import value_object
@@ -80,7 +87,9 @@ def simplex(total: Setting = 1.0, *, scope: Scope = "leaf", axis_name: AxisName 
         keeps = [_is_on(*each) for each in zip(*found[1:], scopes.counts, strict=True)]
         new = soft_threshold(_Cut(scopes, _as_it_is), found.terms, found.totals)
         kept = zip(xs, new, scopes.per_leaf(keeps), strict=True)
-        return Move(scopes.rebuild(params, [_unless(keep, x, y.astype(x.dtype)) for x, y, keep in kept]), memory)
+        return Move(
+            scopes.rebuild(params, [_unless(keep, x, y.astype(x.dtype)) for x, y, keep in kept]), memory
+        )
 
     def excess(params: optax.Params) -> Array:
         scopes, xs, found = read(params)

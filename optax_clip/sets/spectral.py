@@ -138,7 +138,10 @@ class _Ball(NamedTuple):
         ys = [_matrix(x, self.flatten, self.axis_name) for x in xs]
         if isinstance(self.radius, Initial):
             kappa = as_dtype(self.radius.kappa, jnp.float32)
-            radii = [_free_if_zero(memory["radius"][i]) * kappa if y is not None else 0 for i, y in zip(scopes.places, ys, strict=True)]
+            radii = [
+                _free_if_zero(memory["radius"][i]) * kappa if y is not None else 0
+                for i, y in zip(scopes.places, ys, strict=True)
+            ]
         else:
             batches = [() if y is None else y.shape[:-2] for y in ys]
             radii = _settings.per_leaf(scopes, xs, batches, radius=self.radius)

@@ -89,7 +89,9 @@ class Limits(NamedTuple):
         if not isinstance(threshold, Mapping):
             return cls((as_rule(**named),))
         if not isinstance(scope, Groups):
-            raise ValueError(f"Expected {name} to be a dict only with scope=groups(label), got {name}={threshold!r}.")
+            raise ValueError(
+                f"Expected {name} to be a dict only with scope=groups(label), got {name}={threshold!r}."
+            )
         each = sorted(threshold.items())
         return cls(tuple(as_rule(**{f"{name}[{k!r}]": x}) for k, x in each), tuple(k for k, _ in each))
 
@@ -190,7 +192,11 @@ def _told(seen: Seen, states: Any) -> tuple[Cells, Array]:
 def _param_norms(seen: Seen, norms: Cells) -> Cells | None:
     if seen.params is None:
         return None
-    weights = measure(seen.scopes, seen.scopes.leaves_of(seen.params, of="a clip by a rule, such as adaptive_grad_clip,"), seen.ord)
+    weights = measure(
+        seen.scopes,
+        seen.scopes.leaves_of(seen.params, of="a clip by a rule, such as adaptive_grad_clip,"),
+        seen.ord,
+    )
     return [lax.stop_gradient(w.value.astype(n.dtype)) for w, n in zip(weights, norms, strict=True)]
 
 
