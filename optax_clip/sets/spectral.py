@@ -64,8 +64,8 @@ def spectral_ball(
         Power iterations from `project`, which remembers no vector, are 30 more. Derivatives take the
         singular vectors as constants. On a mesh ``"polar"`` splits every product over the devices and
         gathers no matrix, where the axes divide both sides; ``"eigh"`` decomposes the Gram matrix on
-        each device. On CPU ``"eigh"`` is up to 100 times slower while other processes use the cores, because
-        LAPACK's threads wait for each other: set ``OPENBLAS_NUM_THREADS=1`` then.
+        each device. On CPU ``"eigh"`` is up to 100 times slower while other processes use the cores,
+        because LAPACK's threads wait for each other: set ``OPENBLAS_NUM_THREADS=1`` then.
 
     Raises:
         ValueError: for a negative or NaN radius, another method, a method together with
