@@ -1,4 +1,4 @@
-"""Matrix functions against NumPy's float64 decomposition, by both methods, on one device and on meshes."""
+"""Matrix functions against float64 decompositions, by both methods, on one device and on meshes."""
 
 import re
 
@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optax_clip import _matrices
+from optax_clip._matrices import polar
 
 F32 = jnp.float32
 METHODS = ["eigh", "polar"]
@@ -55,7 +56,7 @@ def cap(x, limit=1.0, **kwargs):
     return _matrices.cap_singular_values(x, jnp.asarray(limit, F32), **kwargs)
 
 
-# --- The polar factor ------------------------------------------------------------------------------------
+# --- The polar factor ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (32, 8), (8, 32), (3, 9, 6)], ids=str)
@@ -81,13 +82,13 @@ def test_the_polar_factor_of_a_hermitian_matrix_is_its_sign():
 def test_the_polynomials_compose_to_the_sign(bits, least):
     x = np.geomspace(least, 1, 10_000)
     y = 2 * x
-    for a, b, c in _matrices._STEPS[bits]:
+    for a, b, c in polar.STEPS[bits]:
         y = a * y + b * y**3 + c * y**5
         assert y.max() < 2.001
     np.testing.assert_allclose(y, 1, rtol=0, atol=1e-8 if bits == 32 else 1e-15)
 
 
-# --- Capped singular values --------------------------------------------------------------------------------
+# --- Capped singular values ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -142,10 +143,9 @@ def test_in_sixteen_bits(dtype, method):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("landing", [False, True])
 def test_each_matrix_of_a_batch_is_on_its_own(method, landing):
-    """Far outside, near, inside, zero, tiny, with NaN, with inf: those that are inside keep their bits."""
-    x = np.stack(
-        [matrix("normal", (6, 4), top, seed) for seed, top in enumerate((1e4, 1.2, 0.9, 0, 1e-30, 2, 2))]
-    )
+    """Far outside, near, then inside, zero, tiny, with NaN, with inf: these five keep their bits."""
+    tops = (1e4, 1.2, 0.9, 0, 1e-30, 2, 2)
+    x = np.stack([matrix("normal", (6, 4), top, seed) for seed, top in enumerate(tops)])
     x[5, 0, 0], x[6, 5, 3] = np.nan, np.inf
     x = jnp.asarray(x, F32)
     new = cap(x, method=method, landing=landing)
@@ -184,10 +184,8 @@ def test_derivatives_take_the_singular_vectors_as_constants(method):
     u, s, v = np.linalg.svd(np.asarray(x, np.float64), full_matrices=False)
     tangent = jax.jvp(lambda x: cap(x, method=method), (x,), (dx,))[1]
     np.testing.assert_allclose(tangent, (np.asarray(dx) @ v.T * np.minimum(1, 1 / s)) @ v, atol=1e-5)
-    tangent = jax.jvp(
-        lambda c: _matrices.cap_singular_values(x, c, method=method), (jnp.ones(()),), (jnp.ones(()),)
-    )
-    np.testing.assert_allclose(tangent[1], (u * (s > 1)) @ v, atol=1e-5)
+    one, by_limit = jnp.ones(()), lambda c: _matrices.cap_singular_values(x, c, method=method)
+    np.testing.assert_allclose(jax.jvp(by_limit, (one,), (one,))[1], (u * (s > 1)) @ v, atol=1e-5)
     inside = jax.jvp(lambda x: cap(x, 100.0, method=method), (x,), (dx,))[1]
     np.testing.assert_array_equal(inside, dx)
     grads = jax.grad(lambda x: jnp.sum(cap(x, method=method) ** 2))(jnp.zeros((3, 3)))
@@ -209,7 +207,7 @@ def test_the_default_and_what_is_compiled():
     assert " conditional(" not in text["polar", 8]
 
 
-# --- The largest singular value ----------------------------------------------------------------------------
+# --- The largest singular value ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -225,13 +223,12 @@ def test_the_largest_singular_value(method):
     )
 
 
-# --- Meshes ------------------------------------------------------------------------------------------------
+# --- Meshes --------------------------------------------------------------------------------------
 
 
 def collectives(compiled):
-    return set(
-        re.findall(r" (all-[a-z]+|reduce-scatter|collective-[a-z]+)(?:-start)?\(", compiled.as_text())
-    )
+    names = r" (all-[a-z]+|reduce-scatter|collective-[a-z]+)(?:-start)?\("
+    return set(re.findall(names, compiled.as_text()))
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)

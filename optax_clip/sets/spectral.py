@@ -37,13 +37,13 @@ def spectral_ball(
     .. math:: P(W) = U \min(\Sigma, r) V^H \quad \text{for } W = U \Sigma V^H, \qquad
         W \min(1, r / \sigma), \quad \sigma \approx \|W\|_2
 
-    The nearest point takes two products with the matrix, some 20 with the smaller Gram matrix, and the sign
-    of a Hermitian matrix of that size, which the methods find differently: ``"polar"`` by 36 more products
-    (87 in float64), ``"eigh"`` by LAPACK's eigendecomposition. From more than 2.5 times outside it takes
-    two passes, and one more for each further factor of 8.
+    The nearest point takes two products with the matrix, some 20 with the smaller Gram matrix, and the
+    sign of a Hermitian matrix of that size, which the methods find differently: ``"polar"`` by 36 more
+    products (87 in float64), ``"eigh"`` by LAPACK's eigendecomposition. From more than 2.5 times out it
+    takes two passes, and one more for each further factor of 8.
 
-    Power iterations cost 2 k products of the matrix with a vector. They go on, each step, from the vector of
-    the last, and find σ from below: weights approach the ball over some steps rather than land in it.
+    Power iterations cost 2 k products of the matrix with a vector. They go on, each step, from the
+    vector of the last, and find σ from below: weights approach the ball over some steps and do not land.
 
     Args:
         radius: the largest singular value r >= 0: a number, an array that broadcasts to the batch of
@@ -67,9 +67,9 @@ def spectral_ball(
         each entry of the nearest point is within 1e-5 of the radius up to 30 times outside.
         Power iterations from `project`, which remembers no vector, are 30 more. Derivatives take the
         singular vectors as constants. On a mesh ``"polar"`` splits every product over the devices and
-        gathers no matrix, where the axes divide both sides; ``"eigh"`` decomposes the Gram matrix on each device. On CPU ``"eigh"`` is up to 100
-        times slower while other processes use the cores, because LAPACK's threads wait for each other:
-        set ``OPENBLAS_NUM_THREADS=1`` then.
+        gathers no matrix, where the axes divide both sides; ``"eigh"`` decomposes the Gram matrix on
+        each device. On CPU ``"eigh"`` is up to 100 times slower while other processes use the cores,
+        because LAPACK's threads wait for each other: set ``OPENBLAS_NUM_THREADS=1`` then.
 
     Raises:
         ValueError: for a negative or NaN radius, another method, a method together with
@@ -260,7 +260,7 @@ def _as_leaf(y: Array, x: Array) -> Array:
 
 
 def _first_and_last(x: Array) -> NamedSharding:
-    """The sharding of a leaf that is split along its first and last axis only, so that it can be a matrix."""
+    """The sharding of a leaf that is split along its first and last axis only, to become a matrix."""
     sharding = jax.typeof(x).sharding
     first, last = sharding.spec[0], sharding.spec[-1]
     spec: NamedSharding = sharding.update(spec=PartitionSpec(first, *(None,) * (x.ndim - 2), last))
