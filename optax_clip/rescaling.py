@@ -138,8 +138,8 @@ def qk_clip(
     _validate.axis_name(axis_name=axis_name)
 
     def everywhere(logits: Any) -> Any:
-        leaves, treedef = jax.tree.flatten(logits)
-        names = _validate.axis_names(axis_name)
+        leaves, treedef = jax.tree.flatten(lax.stop_gradient(logits))  # pmax has no derivative
+        names = reduction_axes(axis_name)
         return treedef.unflatten(all_reduce(leaves, [names] * len(leaves), lax.pmax))
 
     def eta(logits: Array) -> Array:
