@@ -2,7 +2,7 @@
 
     python -m tests.recorded_norms
 
-trains it again at a learning rate of 1, clipped at 0.25, and writes `recorded_norms.txt`: one line a step.
+trains it again at a rate of 1, clipped at 0.25, and writes `recorded_norms.txt`: one line a step.
 """
 
 from pathlib import Path
