@@ -1,5 +1,6 @@
 """Bounded gradients and bounded weights for JAX, as Optax transforms."""
 
+from optax_clip._records import RecordedState as RecordedState
 from optax_clip.adaptive import adagc as adagc
 from optax_clip.adaptive import adaptive_grad_clip as adaptive_grad_clip
 from optax_clip.adaptive import autoclip as autoclip
@@ -23,7 +24,6 @@ from optax_clip.norms import tree_norms as tree_norms
 from optax_clip.projection import project as project
 from optax_clip.projection import project_weights as project_weights
 from optax_clip.projection import violation as violation
-from optax_clip._records import RecordedState as RecordedState
 from optax_clip.recording import metrics as metrics
 from optax_clip.rescaling import qk_clip as qk_clip
 from optax_clip.rescaling import rescale_weights as rescale_weights

@@ -76,8 +76,10 @@ def apart(*parts: Array) -> tuple[Array, ...]:
 
 
 def sums_in_range(powers: Any, parts: list[tuple[Array, ...]]) -> tuple[list[Array], list[Array]]:
-    """A fast sum, and a second one with each scope brought into range only where the first is not to
-    be trusted: the extra sums of the formula would each cost a read."""
+    """A fast sum, and where it is not to be trusted a second one with each scope brought into range.
+
+    The extra sums of the formula would each cost a read.
+    """
     plain = powers.sum([powers.wide(*apart(*part)) for part in parts])
     ones = [jnp.ones_like(s) for s in plain]
     if powers.never_out_of_range(parts):

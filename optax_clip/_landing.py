@@ -32,7 +32,8 @@ def as_stored(x: Array, dtype: Any) -> Array:
     if dtype == jnp.bfloat16:
         return lax.reduce_precision(x, 8, 7)
     if jnp.finfo(dtype).bits <= 16:
-        return lax.optimization_barrier(x.astype(dtype)).astype(x.dtype)
+        stored: Array = lax.optimization_barrier(x.astype(dtype))
+        return stored.astype(x.dtype)
     info = jnp.finfo(dtype)
     least, most = float(info.smallest_normal), float(info.max)
     size = jnp.abs(x)

@@ -76,7 +76,7 @@ def replicated(x: Array) -> Array:
 
 
 def place_like(state: T, params: Any) -> T:
-    """``state`` replicated beside ``params``, where it is after the first step, so that nothing recompiles."""
+    """``state`` replicated beside ``params``, where it is after a step, so that nothing recompiles."""
     if any(is_traced(leaf) for leaf in jax.tree.leaves((state, params))):
         return state
     for leaf in jax.tree.leaves(params):

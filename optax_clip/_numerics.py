@@ -48,7 +48,10 @@ def power_of_two(x: Array) -> Array:
 
 
 def reciprocal(power: Array) -> Array:
-    """``1 / power`` of a power of two, in integers: compilers turn ``(x / p) / (1 / p)`` into ``x p / p``."""
+    """``1 / power`` of a power of two, in integers.
+
+    Compilers turn ``(x / p) / (1 / p)`` into ``x p / p``, which underflows.
+    """
     one = np.array(1, power.dtype)
     bits = jnp.dtype(f"uint{jnp.finfo(power.dtype).bits}")
     twice = np.array(2 * int(one.view(bits)), bits)

@@ -1,4 +1,4 @@
-"""What a transform writes into its state for `metrics` to read, and the one place that knows its layout."""
+"""What a transform writes into its state for `metrics` to read; nowhere else is its layout known."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence

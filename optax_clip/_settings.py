@@ -25,7 +25,8 @@ class Initial:
         return f"initial({self.kappa!r})"
 
 
-# A number, an array, a tree of these that is a prefix of the weights, or a formula (path, leaf) -> number.
+# A number, an array, a tree of these that is a prefix of the weights, or a formula (path, leaf) ->
+# number.
 Setting = ArrayLike | Mapping[str, Any] | Sequence[Any] | Callable[[str, Any], ArrayLike]
 
 

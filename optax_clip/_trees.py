@@ -20,7 +20,7 @@ _SMALL = 2**16  # entries of a leaf that a compiler takes longer to sum than the
 
 # Where the norm of a leaf stands: in which cell, and there as a whole (None), as one entry, or as a
 # piece (start, stop, shape).
-Home = tuple[int, None | int | tuple[int, int, tuple[int, ...]]]
+Home = tuple[int, int | tuple[int, int, tuple[int, ...]] | None]
 Cells = list[Array]
 
 
@@ -66,7 +66,8 @@ def reduced_axes(scope: Scope, path: str, leaf: Any) -> tuple[int, ...]:
         scope = scope(path, as_struct(leaf))
         if callable(scope) or isinstance(scope, Groups) or scope == "global":
             raise ValueError(
-                f'Expected scope(path, leaf) to be "leaf", "unit" or axes, got {scope!r} for leaf {path!r}.'
+                f'Expected scope(path, leaf) to be "leaf", "unit" or axes, got {scope!r} for leaf '
+                f"{path!r}."
             )
         _validate.scope(scope)
     if isinstance(scope, Groups):
@@ -140,8 +141,9 @@ class Scopes(NamedTuple):
             treedef, tuple(paths), places, tuple(axes[i] for i in places), tuple(mapped),
             tuple(kept[i] for i in places), tuple(sizes), homes, labels, rows, memory,
         )  # fmt: skip
-        xs = [leaves[i] for i in places]
-        return scopes, [x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x) for x in xs]
+        xs: list[Any] = [leaves[i] for i in places]
+        arrays: list[Any] = [x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x) for x in xs]
+        return scopes, arrays
 
     def leaves_of(self, tree: Any, *, of: str) -> list[Array]:
         """The leaves of another tree at the same places: the weights that gradients belong to."""
@@ -150,7 +152,8 @@ class Scopes(NamedTuple):
             if not is_inexact(leaves[i]):
                 got = None if leaves[i] is None else jnp.asarray(leaves[i]).dtype
                 raise ValueError(
-                    f"Expected float params in update of {of} beside the update of leaf {self.paths[i]!r}, got {got}."
+                    f"Expected float params in update of {of} beside the update of leaf "
+                    f"{self.paths[i]!r}, got {got}."
                 )
         return [jnp.asarray(leaves[i]) for i in self.places]
 
@@ -169,7 +172,7 @@ class Scopes(NamedTuple):
         return self.treedef.unflatten(leaves)
 
     def as_tree(self, cells: Cells) -> Any:
-        """One value a scope as a tree, in the shape of each leaf with its reduced axes kept; or by label."""
+        """One value a scope, as a tree in the shape of each leaf with reduced axes kept, or by label."""
         if self.labels is not None:
             return {label: cells[0][row] for row, label in enumerate(self.labels)}
         if self.is_global:

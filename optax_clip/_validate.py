@@ -1,7 +1,6 @@
 """Checks of arguments. What is known raises at once; a traced value cannot, and passes."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
@@ -32,7 +31,7 @@ def is_traced(x: object) -> bool:
 
 
 def number(_ndim: int | None = 0, **named: Any) -> None:
-    """Each value is one real number, not NaN: Python, NumPy, or a 0-d array; any array if ``_ndim=None``."""
+    """Each value is one real number, not NaN; any array of them with ``_ndim=None``."""
     for name, x in named.items():
         if not _is_real(x):
             raise TypeError(f"Expected {name} to be a real number, got {name}={x!r}.")

@@ -76,7 +76,7 @@ def adaptive_grad_clip(
 
 
 def _unit_or_leaf(path: str, leaf: Any) -> str:
-    """By unit, but a vector is one unit whatever its rank; of a part of a leaf its shape does not tell."""
+    """By unit, but a vector is one unit whatever its rank."""
     del path
     is_row = math.prod(shape_of(leaf)[:-1]) == 1 and not (isinstance(leaf, Array) and varying_axes(leaf))
     return "leaf" if is_row else "unit"

@@ -107,7 +107,7 @@ def where(predicate: Callable[[str, Any], bool]) -> Callable[[Any], Any]:
     if not callable(predicate):
         raise TypeError(f"Expected predicate to be callable, got predicate={predicate!r}.")
 
-    seen = []
+    seen: list[list[str]] = []
 
     def mask(tree: Any) -> Any:
         paths, leaves, treedef = flatten(tree)
@@ -118,7 +118,7 @@ def where(predicate: Callable[[str, Any], bool]) -> Callable[[Any], Any]:
         if any(x is not None for x in leaves) and not any(flags) and not seen:
             seen.append(paths)
             warnings.warn(
-                f"No leaf is chosen by predicate={predicate!r} of where; the first paths are {paths[:3]}.",
+                f"where(predicate={predicate!r}) chooses no leaf; the first paths are {paths[:3]}.",
                 stacklevel=2,
             )
         return treedef.unflatten(flags)

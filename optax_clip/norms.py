@@ -135,8 +135,9 @@ def groups(label: Callable[[str, Any], str]) -> Groups:
 
     Returns:
         A scope for everything that takes one. `tree_norms` then gives a dict by label, and a clip takes
-        one threshold for all or a dict ``label -> threshold``, and reports ``{name}/{label}/norm_before``,
-        ``norm_after`` and ``threshold`` beside the metrics of the whole tree.
+        one threshold for all or a dict ``label -> threshold``, and reports
+        ``{name}/{label}/norm_before``, ``norm_after`` and ``threshold`` beside the metrics of the whole
+        tree.
 
     Raises:
         TypeError: if the label is not callable, or gives something that is not a non-empty string.

@@ -152,8 +152,10 @@ def project_weights(
     def step(updates: optax.Updates, memory: Any, params: Any, **extra: Any) -> tuple[Any, Any, Any]:
         del extra
         _validate.params_given(params, of="project_weights")
-        kept = memory if always else memory["set"]
-        turns = 0 if always else increment(memory["turns"])
+        # An `every` that is traced was 1 at init if no steps are counted.
+        each_step = not (isinstance(memory, dict) and "turns" in memory)
+        kept = memory if each_step else memory["set"]
+        turns = 0 if each_step else increment(memory["turns"])
 
         def projected() -> tuple[optax.Updates, Any, tuple[Array, Array]]:
             return redirect(wanted, updates, params, kept, record=record)
@@ -161,9 +163,9 @@ def project_weights(
         def untouched() -> tuple[optax.Updates, Any, tuple[Array, Array]]:
             return updates, kept, (jnp.float32(0), jnp.float32(0))
 
-        due = True if always else turns % jnp.maximum(jnp.int32(every), 1) == 0
+        due = True if each_step else turns % jnp.maximum(jnp.int32(every), 1) == 0
         new, kept, moved = _cpu.cond(due, projected, untouched)
-        memory = kept if always else {"set": kept, "turns": turns}
+        memory = kept if each_step else {"set": kept, "turns": turns}
         return new, memory, lambda: Report({"moves": moved}, {"turns": (True,)})
 
     remembers = not always or wanted.init is not None
@@ -190,7 +192,7 @@ Landed = tuple[list[Array], Any, tuple[Array, Array]]
 def redirect(
     constraint: Constraint, updates: optax.Updates, params: optax.Params, memory: Any, *, record: bool
 ) -> tuple[optax.Updates, Any, tuple[Array, Array]]:
-    """The updates that land in the set, its memory, how far that moves the weights and the share moved."""
+    """The updates that land in the set, its memory, how far the weights move and which share."""
     scopes, us = Scopes.of(updates, "leaf", constraint.axis_name, beside=params)
     if constraint.outside is None:
         us = _cpu.written_once(us)
@@ -221,10 +223,9 @@ def _measured_then_landed(how: _How, ps: list[Array], us: list[Array], memory: A
     """On CPU: sums that read weights and updates alone, before the weights are overwritten."""
     numbers = _cpu.constants(accumulator(ps))
     own, again = ([_cpu.apart(p, u, *numbers) for p, u in zip(ps, us, strict=True)] for _ in range(2))
+    outside: Any = how.constraint.outside
     gaps, marks = (
-        how.constraint.outside(
-            how.scopes.alone([add_as_apply_updates(p, u) for p, u, *_ in parts]), memory
-        )
+        outside(how.scopes.alone([add_as_apply_updates(p, u) for p, u, *_ in parts]), memory)
         for parts in (own, again)
     )
     squares = [jnp.sum(gap * gap) for gap in gaps]
@@ -251,7 +252,7 @@ def _moves(how: _How, ps: list[Array], reached: list[Array], new: list[Array]) -
 
 def _gap(reached: Array, p: Array, new: Array) -> tuple[Array, Array]:
     """The square of how far an entry was moved, and whether it was."""
-    end = optax.apply_updates(p, new)
+    end: Any = optax.apply_updates(p, new)
     wide = accumulator([p])
     s, end = widen(reached, wide), widen(end, wide)
     if p.dtype == jnp.bfloat16:

@@ -59,7 +59,8 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
             for name, key, value in _unpacked(keys[at + 1 :], packed):
                 owner.setdefault(name, {})[key] = value
     names = [name for record in records.values() for name in record]
-    taken, found = set(), {}
+    taken: set[str] = set()
+    found: dict[str, jax.Array] = {}
     for record in records.values():
         for name, values in record.items():
             free = _free(name, taken, {*names})

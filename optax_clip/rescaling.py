@@ -88,7 +88,7 @@ def qk_clip(
     name: str = "qk_clip",
     record: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Keep attention logits bounded: shrink query and key weights of the heads whose largest one is over.
+    r"""Keep attention logits bounded: shrink query and key weights of heads whose logits grow.
 
     Last in the chain, before `project_weights`. The update is given the largest logit S of each head,
     over the batch and all positions, after scaling and before masks and softmax:
@@ -140,7 +140,7 @@ def qk_clip(
     def everywhere(logits: Any) -> Any:
         leaves, treedef = jax.tree.flatten(lax.stop_gradient(logits))  # pmax has no derivative
         names = reduction_axes(axis_name)
-        return treedef.unflatten(all_reduce(leaves, [names] * len(leaves), lax.pmax))
+        return jax.tree.unflatten(treedef, all_reduce(leaves, [names] * len(leaves), lax.pmax))
 
     def eta(logits: Array) -> Array:
         limit = jnp.maximum(as_dtype(max_logit, logits.dtype), 0)
@@ -182,7 +182,7 @@ class _How(NamedTuple):
         if extra.get(self.signal) is None:
             raise ValueError(
                 f"Expected {self.signal} in update of {self.caller}, got none. Call "
-                f"tx.update(grads, state, params, {self.signal}=...) with what the forward pass returned."
+                f"tx.update(grads, state, params, {self.signal}=...) with what the forward pass gave."
             )
         return self.everywhere(jax.tree.map(_wide, extra[self.signal]))
 
@@ -212,7 +212,7 @@ def _by_signal(
         given = how.given(params, extra)
         signal = how.seen(jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, jnp.nan), given))
         scopes, us = Scopes.of(updates, "leaf", axis_name=(), beside=params)
-        ps = scopes.leaves_of(params)
+        ps = scopes.leaves_of(params, of=how.caller)
         paths = [scopes.paths[i] for i in scopes.places]
         # Behind a barrier: compilers would else form the factors anew for each entry.
         fs = lax.optimization_barrier(
@@ -240,7 +240,8 @@ def _rescaled(p: Array, u: Array, factor: Array) -> Array:
 
 def _wide(x: Any) -> Array:
     x = jnp.asarray(x)
-    return x.astype(accumulator([x]) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.float32)
+    wide: Array = x.astype(accumulator([x]) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.float32)
+    return wide
 
 
 def _largest(xs: Sequence[Array]) -> Array:

@@ -42,7 +42,8 @@ def skip_spikes(
         rule: the limit C on the norm of the whole gradient: a `ThresholdRule` such as `zscore`, a number
             >= 0, a 0-d array or a schedule ``step -> number``.
         value_rule: likewise a limit on the loss, such as `window_zscore`; a number may be negative. The
-            update then needs ``value=``, the loss of the step, and a step above either limit is left out.
+            update then needs ``value=``, the loss of the step, and a step above either limit is left
+            out.
         max_consecutive: after so many spikes left out in a row the next finite step is taken.
         axis_name: mapped axes to sum over, as in `global_norm`.
         name: prefix of the metrics.
@@ -51,9 +52,9 @@ def skip_spikes(
     Returns:
         A transform with the metrics of `clip_by_global_norm`, where a spike that is left out counts as
         clipped, and the counter ``{name}/steps_skipped`` of all steps left out; with ``value_rule`` also
-        ``{name}/value`` and ``value_threshold``. A step that is not finite is always left out and does not
-        count towards ``max_consecutive``. On a step that is left out ``inner`` is given zeros, and its
-        result is thrown away.
+        ``{name}/value`` and ``value_threshold``. A step that is not finite is always left out and does
+        not count towards ``max_consecutive``. On a step that is left out ``inner`` is given zeros, and
+        its result is thrown away.
 
     Raises:
         ValueError: for a negative or NaN limit, ``max_consecutive < 1``, and in the update without

@@ -10,8 +10,7 @@ import optax
 import pytest
 
 import optax_clip as oc
-from optax_clip import norms
-from optax_clip import _cpu
+from optax_clip import _cpu, norms
 
 CLIPS = {
     "global": oc.clip_by_global_norm(1.0),

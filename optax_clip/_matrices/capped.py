@@ -22,7 +22,7 @@ from optax_clip._matrices.split import (
     placed_like,
     tall,
 )
-from optax_clip._numerics import accumulator, straight_through, power_of_two, scale, widen
+from optax_clip._numerics import accumulator, power_of_two, scale, straight_through, widen
 
 _NEAR = 2.5  # from so many times the goal one pass tells singular values near the goal to some eps
 _STOP, _FAR = 2.0, 8.0  # what a pass before that caps at: times the goal, or the bound over this
@@ -48,7 +48,8 @@ def cap_singular_values(
     """
     dtype = accumulator([x])
     limit = jnp.broadcast_to(jnp.maximum(limit.astype(dtype), 0), x.shape[:-2])
-    return by_platform(functools.partial(_capped, landing=landing), method, x, limit)
+    capped: Array = by_platform(functools.partial(_capped, landing=landing), method, x, limit)
+    return capped
 
 
 def _capped(x: Array, limit: Array, *, method: Method, landing: bool) -> Array:
@@ -139,7 +140,7 @@ def _inverse_root(split: Split, excess: Array, top: Array) -> Array:
     Each step takes singular values s in [1, top] to ``s (1 - a (s^2 - 1))``, with this a none below 1.
     """
 
-    def step(carry: tuple[Array, ...]) -> tuple[Array, ...]:
+    def step(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         root, left, top, _ = carry
         a = 1 / (top * (top + 1))
         move = scale(left, over_matrix(-a))

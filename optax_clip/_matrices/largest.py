@@ -17,7 +17,7 @@ from optax_clip._matrices.split import (
     placed_like,
     tall,
 )
-from optax_clip._numerics import accumulator, power_of_two, scale, round_toward_zero, widen
+from optax_clip._numerics import accumulator, power_of_two, round_toward_zero, scale, widen
 
 
 @functools.partial(jax.jit, static_argnames="method")
@@ -27,7 +27,8 @@ def largest_singular_value(x: Array, *, method: Method | None = None) -> Array:
     By products it is ``|W v|`` for v from 20 squarings of the Gram matrix: never above it, but for
     rounding, and at most 2e-6 below. Else by LAPACK's eigenvalues.
     """
-    return by_platform(_largest, method, x)
+    value: Array = by_platform(_largest, method, x)
+    return value
 
 
 def _largest(x: Array, *, method: Method) -> Array:

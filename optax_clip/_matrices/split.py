@@ -53,7 +53,7 @@ class Split(NamedTuple):
     def put(self, x: Array, rows: tuple[str, ...] = (), columns: tuple[str, ...] = ()) -> Array:
         if self.mesh is None:
             return x
-        place = jax.sharding.reshard if self.explicit else lax.with_sharding_constraint
+        place: Any = jax.sharding.reshard if self.explicit else lax.with_sharding_constraint
         placed: Array = place(x, self.sharding(rows, columns))
         return placed
 
@@ -69,7 +69,7 @@ class Split(NamedTuple):
         return self._sum("...ik,...kj->...ij", self.put(a, (), self.rows), self.by_rows(b))
 
     def _sum(self, axes: str, a: Array, b: Array) -> Array:
-        place = {"out_sharding": self.sharding(self.rows, ())} if self.explicit else {}
+        place: dict[str, Any] = {"out_sharding": self.sharding(self.rows, ())} if self.explicit else {}
         return self.by_rows(jnp.einsum(axes, a, b, precision=lax.Precision.HIGHEST, **place))
 
 

@@ -208,8 +208,8 @@ def normalize_by_norm(
 
     Args:
         norm: the norm C >= 0 to give each scope: a number, a 0-d array, a schedule or a
-            `ThresholdRule`, such as ``relative_to_params(1.0, eps=0.0)`` for the norm of the weights; with
-            `groups` also a dict ``label -> one of these``.
+            `ThresholdRule`, such as ``relative_to_params(1.0, eps=0.0)`` for the norm of the weights;
+            with `groups` also a dict ``label -> one of these``.
         scope: which entries share a norm, as in `clip_by_norm`.
         ord: which norm, as in `clip_by_norm`. Static.
         nonfinite: ``"propagate"`` or ``"zero"``, as in `clip_by_norm`.

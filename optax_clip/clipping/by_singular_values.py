@@ -38,8 +38,8 @@ def clip_singular_values(
     Args:
         threshold: the limit c >= 0 on the singular values: a number, a 0-d array, or a schedule
             ``step -> number``.
-        method: ``"polar"``, matrix products alone; ``"eigh"``, LAPACK's eigenvalues of the Gram matrix; None
-            for the faster one on the platform. Static.
+        method: ``"polar"``, matrix products alone; ``"eigh"``, LAPACK's eigenvalues of the Gram matrix;
+            None for the faster one on the platform. Static.
         nonfinite: ``"propagate"`` or ``"zero"``, as in `clip_by_norm`, on the whole tree.
         name: prefix of the metrics.
         record: False to record nothing; the state is then `optax.EmptyState` unless the threshold is a
@@ -47,11 +47,11 @@ def clip_singular_values(
 
     Returns:
         A transform for leaves of rank 2 and more: the last two axes are the matrix, those before them a
-        batch. Leaves of rank below 2 pass through, but for the non-finite policy. Matrices whose singular
-        values are at most c come back bit for bit; a limit of 0 gives zeros, inf only measures. In float32
-        each entry is within 1e-5 of the limit up to 30 times outside. In the metrics the norms are the
-        2-norms of the whole tree, ``threshold`` is the limit and ``fraction`` the share of matrices that
-        were changed. Derivatives take the singular vectors as constants.
+        batch. Leaves of rank below 2 pass through, but for the non-finite policy. Matrices whose
+        singular values are at most c come back bit for bit; a limit of 0 gives zeros, inf only measures.
+        In float32 each entry is within 1e-5 of the limit up to 30 times outside. In the metrics the
+        norms are the 2-norms of the whole tree, ``threshold`` is the limit and ``fraction`` the share of
+        matrices that were changed. Derivatives take the singular vectors as constants.
 
     Raises:
         ValueError: for a negative or NaN limit, an unknown method or policy, and in the update inside
@@ -117,6 +117,7 @@ def _require_whole(scopes: Scopes, xs: Sequence[Array]) -> None:
     for i, x in zip(scopes.places, xs, strict=True):
         if _is_matrix(x) and varying_axes(x):
             raise ValueError(
-                f"Expected whole matrices in clip_singular_values, got leaf {scopes.paths[i]!r} of shape "
-                f"{x.shape}, which varies over the mesh axes {varying_axes(x)}. Clip outside of shard_map."
+                f"Expected whole matrices in clip_singular_values, got leaf {scopes.paths[i]!r} of "
+                f"shape {x.shape}, which varies over the mesh axes {varying_axes(x)}. Clip outside of "
+                "shard_map."
             )

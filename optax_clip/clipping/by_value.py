@@ -1,7 +1,6 @@
 """Clip each entry into an interval."""
 
 import functools
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -94,7 +93,9 @@ def clip_by_value(
     def step(updates: optax.Updates, memory: Any, params: Any, **extra: Any) -> tuple[Any, Any, Any]:
         del params, extra
         scopes, xs = Scopes.of(updates, "global", axis_name)
-        high, memory = _follow(limit, memory) if scheduled else (limit, memory)
+        high: Any = limit
+        if scheduled:
+            high, memory = _follow(high, memory)
         ends = _ends(scopes, xs, lower, high)
         inside = [_inside(x, *each) for x, each in zip(xs, ends, strict=True)]
         # A device that flushes subnormal numbers takes them for 0.
@@ -123,7 +124,8 @@ def _check_limit(limit: Any) -> None:
 
 def _follow(schedule: optax.Schedule, memory: Any) -> tuple[Any, Any]:
     limit = schedule(memory["step"])
-    _validate.at_least(0, **{"limit(step)": limit})
+    named: dict[str, Any] = {"limit(step)": limit}
+    _validate.at_least(0, **named)
     return limit, {"step": increment(memory["step"])}
 
 
@@ -139,8 +141,8 @@ def _ends(scopes: Scopes, xs: Sequence[Array], lower: Any, high: Any) -> list[tu
         part = jnp.finfo(x.dtype).dtype
         top = jnp.maximum(as_dtype(top, dtype), 0) if lower is None else as_dtype(top, dtype)
         low = -top if lower is None else as_dtype(low, dtype)
-        bounds = round_up(low, part).astype(dtype), round_down(top, part).astype(dtype)
-        found.append(tuple(_settings.aligned(b, x.ndim) for b in bounds))
+        low, top = round_up(low, part).astype(dtype), round_down(top, part).astype(dtype)
+        found.append((_settings.aligned(low, x.ndim), _settings.aligned(top, x.ndim)))
     return found
 
 

@@ -32,8 +32,8 @@ def record_norms(
 
     Args:
         scope: which entries share a norm: ``"leaf"``, ``"global"`` or `groups`.
-        of: ``("updates",)``, ``("params",)``, or both, which also gives their ratio. With the weights the
-            update needs ``params``.
+        of: ``("updates",)``, ``("params",)``, or both, which also gives their ratio. With the weights
+            the update needs ``params``.
         ord: which norm, as in `global_norm`. Static.
         axis_name: mapped axes to sum over, as in `global_norm`.
         name: prefix of the metrics.
@@ -41,12 +41,12 @@ def record_norms(
 
     Returns:
         A transform with the metrics ``{name}/{path}/updates``, and with both ``/params`` and ``/ratio``;
-        with `groups` labels instead of paths, with the scope ``"global"`` neither. The ratio to weights of
-        norm 0 is 0.
+        with `groups` labels instead of paths, with the scope ``"global"`` neither. The ratio to weights
+        of norm 0 is 0.
 
     Raises:
-        ValueError: for an unknown scope, order or ``of``, and in the update without ``params`` if asked for
-            their norms.
+        ValueError: for an unknown scope, order or ``of``, and in the update without ``params`` if asked
+            for their norms.
 
     Examples:
         >>> import jax.numpy as jnp

@@ -21,8 +21,8 @@ from optax_clip._numerics import (
     widen,
 )
 from optax_clip._settings import Initial, Setting
-from optax_clip._values import value_object
 from optax_clip._validate import AxisName, Ord, Scope
+from optax_clip._values import value_object
 from optax_clip.norms import Norm
 from optax_clip.sets.boxes import box
 from optax_clip.sets.constraint import (
@@ -188,7 +188,8 @@ def norm_shell(
 def _cube(radius: Setting, axis_name: AxisName) -> Constraint:
     """The ball of order inf, which is a box."""
     if callable(radius):
-        return box(lambda *leaf: -radius(*leaf), radius, axis_name=axis_name)
+        formula: Any = radius
+        return box(lambda *leaf: -formula(*leaf), formula, axis_name=axis_name)
     bound = jax.tree.map(lambda r: jnp.maximum(r, 0) if isinstance(r, Array) else r, radius)
     return box(jax.tree.map(operator.neg, bound), bound, axis_name=axis_name)
 

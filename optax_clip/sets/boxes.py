@@ -16,8 +16,8 @@ from optax_clip._mesh import place_like
 from optax_clip._numerics import accumulator, as_dtype, clamp, round_down, round_up, widen
 from optax_clip._settings import Setting, aligned, precise
 from optax_clip._trees import Scopes, shape_of
-from optax_clip._values import value_object
 from optax_clip._validate import AxisName
+from optax_clip._values import value_object
 from optax_clip.sets.constraint import Constraint, Move, largest, no_start, require_real
 
 __all__ = ["box", "init_box", "non_negative"]
@@ -31,7 +31,8 @@ def box(lower: Setting, upper: Setting, *, axis_name: AxisName = None) -> Constr
 
     Args:
         lower: the smallest value l: a number (``-math.inf`` for none), an array that broadcasts to each
-            leaf, a tree of these that is a prefix of the weights, or a formula ``(path, leaf) -> number``.
+            leaf, a tree of these that is a prefix of the weights, or a formula ``(path, leaf) ->
+            number``.
         upper: the largest value u, likewise.
         axis_name: mapped axes to sum the metrics over, as in `global_norm`.
 
@@ -177,10 +178,12 @@ def _entrywise(bounds: Callable[..., Bounded], axis_name: AxisName) -> Constrain
 
     def nearest(params: optax.Params, memory: Any = ()) -> optax.Params:
         scopes, xs, ends = bounds(params, memory)
-        return scopes.rebuild(params, [clamp(x, *each) for x, each in zip(xs, ends, strict=True)])
+        clamped = [clamp(x, *each) for x, each in zip(xs, ends, strict=True)]
+        inside: optax.Params = scopes.rebuild(params, clamped)
+        return inside
 
     def outside(params: optax.Params, memory: Any = ()) -> list[Array]:
-        scopes, xs, ends = bounds(params, memory)
+        _, xs, ends = bounds(params, memory)
         return [_gap(x, *each) for x, each in zip(xs, ends, strict=True)]
 
     def excess(params: optax.Params) -> Array:
@@ -193,8 +196,8 @@ def _entrywise(bounds: Callable[..., Bounded], axis_name: AxisName) -> Constrain
 
 
 def _inwards(x: Array, low: Any, high: Any) -> tuple[Array, Array]:
-    ends = round_up(precise(low), x.dtype), round_down(precise(high), x.dtype)
-    return tuple(aligned(jnp.asarray(end), x.ndim) for end in ends)
+    low, high = round_up(precise(low), x.dtype), round_down(precise(high), x.dtype)
+    return aligned(jnp.asarray(low), x.ndim), aligned(jnp.asarray(high), x.ndim)
 
 
 def _gap(x: Array, low: Array, high: Array) -> Array:

@@ -32,7 +32,8 @@ class Move(NamedTuple):
     Args:
         params: the projected tree.
         memory: what the set keeps.
-        report: gives how far it moved, and the share of entries, where that follows from what is at hand.
+        report: gives how far it moved, and the share of entries, where that follows from what is at
+            hand.
     """
 
     params: optax.Params
@@ -94,10 +95,10 @@ def initial(kappa: ArrayLike = 1.0) -> Initial:
         kappa: the factor κ >= 0, a number or a 0-d array.
 
     Returns:
-        A radius or bound for `norm_ball`, `norm_sphere`, `norm_shell` and `spectral_ball`, in the order and
-        the scope of the set. The norms are float32. A scope of zeros at init is left free. From an
-        ``init`` on `jax.ShapeDtypeStruct` the norms are NaN, to be filled from a checkpoint. `project` and
-        `violation`, which know of no start, raise `ValueError`.
+        A radius or bound for `norm_ball`, `norm_sphere`, `norm_shell` and `spectral_ball`, in the order
+        and the scope of the set. The norms are float32. A scope of zeros at init is left free. From an
+        ``init`` on `jax.ShapeDtypeStruct` the norms are NaN, to be filled from a checkpoint. `project`
+        and `violation`, which know of no start, raise `ValueError`.
 
     Raises:
         ValueError: for a negative, infinite or NaN kappa.
@@ -150,7 +151,7 @@ class NormBounds(NamedTuple):
 
     def read(self, name: str, scopes: Scopes, xs: Sequence[Array], like: Cells, memory: Any) -> Cells:
         """One bound, cell by cell; NaN where it is relative to a norm of 0."""
-        value = self.settings[name]
+        value: Any = self.settings[name]
         if not isinstance(value, Initial):
             return _settings.per_scope(scopes, xs, like, **{name: value})
         norms = [x.astype(y.dtype) for x, y in zip(scopes.split(memory[name], like), like, strict=True)]
@@ -167,8 +168,8 @@ def no_start(name: str, value: Any) -> Callable[[optax.Params], Any]:
     def raises(params: optax.Params) -> Any:
         del params
         raise ValueError(
-            f"Expected a set relative to the start inside project_weights, whose state holds it; project "
-            f"and violation know of no start. Got {name}={value!r}.{STATIC}"
+            f"Expected a set relative to the start inside project_weights, whose state holds it; "
+            f"project and violation know of no start. Got {name}={value!r}.{STATIC}"
         )
 
     return raises
@@ -189,7 +190,8 @@ def as_constraint(constraint: Any) -> Constraint:
         new = _called(constraint, params)
         if isinstance(new, Constraint):
             raise TypeError(
-                f"Expected constraint to be a set, got constraint={constraint!r}, which makes one: call it, "
+                f"Expected constraint to be a set, got constraint={constraint!r}, which makes one: "
+                "call it, "
                 f"as in norm_ball(1.0).{STATIC}"
             )
         _same_shapes(constraint, new, params)
@@ -208,7 +210,8 @@ def _called(constraint: Any, params: Any) -> Any:
         return constraint(params)
     except Exception as error:
         error.add_note(
-            f"Raised by constraint={constraint!r}, which is called with the tree of all weights, not leaf by leaf."
+            f"Raised by constraint={constraint!r}, which is called with the tree of all weights, not "
+            "leaf by leaf."
         )
         raise
 
@@ -216,10 +219,11 @@ def _called(constraint: Any, params: Any) -> Any:
 def _same_shapes(constraint: Any, new: Any, params: Any) -> None:
     """The callable gives back a tree like the weights."""
     shapes = [jax.tree.map(jnp.shape, tree) for tree in (new, params)]
-    if jax.tree.structure(new) != jax.tree.structure(params) or shapes[0] != shapes[1]:
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (new, params)]
+    if structures[0] != structures[1] or shapes[0] != shapes[1]:
         raise ValueError(
-            "Expected constraint to map the tree of all weights to one of the same structure and shapes, got "
-            f"{shapes[0]} for {shapes[1]} from constraint={constraint!r}."
+            "Expected constraint to map the tree of all weights to one of the same structure and "
+            f"shapes, got {shapes[0]} for {shapes[1]} from constraint={constraint!r}."
         )
 
 
@@ -259,7 +263,8 @@ def require_real(scopes: Scopes, xs: Sequence[Array], *, of: str) -> None:
     for i, x in zip(scopes.places, xs, strict=True):
         if jnp.iscomplexobj(x):
             raise ValueError(
-                f"Expected real weights in a {of}, got {x.dtype} at {scopes.paths[i]!r} of shape {x.shape}."
+                f"Expected real weights in a {of}, got {x.dtype} at "
+                f"{scopes.paths[i]!r} of shape {x.shape}."
             )
 
 

@@ -22,8 +22,8 @@ from optax_clip._numerics import (
 )
 from optax_clip._settings import Initial, Setting
 from optax_clip._trees import Cells, Scopes
-from optax_clip._values import value_object
 from optax_clip._validate import AxisName, Scope
+from optax_clip._values import value_object
 from optax_clip.norms import modulus
 from optax_clip.sets.constraint import Constraint, Move, NormBounds, largest, margins, require_real
 
@@ -40,8 +40,8 @@ def simplex(total: Setting = 1.0, *, scope: Scope = "leaf", axis_name: AxisName 
     weights; nothing is sorted.
 
     Args:
-        total: the sum T >= 0: a number, an array that broadcasts to the sums of each leaf, a tree of these
-            that is a prefix of the weights, or a formula ``(path, leaf) -> number``.
+        total: the sum T >= 0: a number, an array that broadcasts to the sums of each leaf, a tree of
+            these that is a prefix of the weights, or a formula ``(path, leaf) -> number``.
         scope: which entries share a sum, as in `clip_by_norm`.
         axis_name: mapped axes to sum over, as in `tree_norms`.
 
@@ -49,8 +49,8 @@ def simplex(total: Setting = 1.0, *, scope: Scope = "leaf", axis_name: AxisName 
         A set for `project_weights`, `project` and `violation`. Entries are never negative, unless
         updates have a narrower dtype than the weights; the sum is within 4 eps of T, the eps of the
         dtype of the leaf, after an update from within the set or near it. A scope with a +inf
-        or NaN entry is left as it is; an entry of -inf, such as a masked logit, becomes 0. The violation is the larger of the error of the sum and of the most
-        negative entry.
+        or NaN entry is left as it is; an entry of -inf, such as a masked logit, becomes 0. The violation
+        is the larger of the error of the sum and of the most negative entry.
 
     Raises:
         ValueError: for a negative, infinite or NaN total, an unknown scope, a complex leaf.
@@ -92,7 +92,7 @@ def simplex(total: Setting = 1.0, *, scope: Scope = "leaf", axis_name: AxisName 
         )
 
     def excess(params: optax.Params) -> Array:
-        scopes, xs, found = read(params)
+        _, xs, found = read(params)
         ends = zip(found.sums, found.lowest, found.totals, strict=True)
         return largest([jnp.maximum(jnp.maximum(jnp.abs(s - t), -low), 0) for s, low, t in ends if xs])
 
@@ -114,7 +114,8 @@ class _Sums(NamedTuple):
 def _is_on(got: Array, low: Array, high: Array, wanted: Array, n: Any) -> Array:
     """Is a scope on the simplex, as far as its sum can tell, or not to be moved?"""
     margin, _ = margins(n, got.dtype)
-    return (jnp.abs(got - wanted) <= wanted * margin) & (low >= 0) | ~jnp.isfinite(high)
+    near: Array = jnp.abs(got - wanted) <= wanted * margin
+    return near & (low >= 0) | ~jnp.isfinite(high)
 
 
 def _unless(keep: Array, x: Array, moved: Array) -> Array:

@@ -48,7 +48,8 @@ def spectral_ball(
     Args:
         radius: the largest singular value r >= 0: a number, an array that broadcasts to the batch of
             matrices of each leaf, a tree of these that is a prefix of the weights, a formula
-            ``(path, leaf) -> number``, or `initial` for a multiple of the largest singular value at init.
+            ``(path, leaf) -> number``, or `initial` for a multiple of the largest singular value at
+            init.
         method: ``"polar"`` or ``"eigh"``; None for the faster one, ``"eigh"`` on CPU for matrices whose
             smaller side is above 64, else ``"polar"``. Static.
         power_iterations: None for the nearest point; k >= 1 to approach the ball. Static.
@@ -110,7 +111,7 @@ def spectral_ball(
     return Constraint(
         raises if relative else ball.nearest,
         raises if relative else ball.excess,
-        shrinks=False if power_iterations is None else True,
+        shrinks=power_iterations is not None,
         move=ball.move,
         init=ball.init if remembers else None,
     )
@@ -138,7 +139,7 @@ class _Ball(NamedTuple):
         ys = [_matrix(x, self.flatten, self.axis_name) for x in xs]
         if isinstance(self.radius, Initial):
             kappa = as_dtype(self.radius.kappa, jnp.float32)
-            radii = [
+            radii: list[Any] = [
                 _free_if_zero(memory["radius"][i]) * kappa if y is not None else 0
                 for i, y in zip(scopes.places, ys, strict=True)
             ]
@@ -203,7 +204,7 @@ def _scaled(x: Array, radius: Array, vector: Array, iterations: int) -> tuple[Ar
 
 
 def _first_value(leaf: Any, flatten: bool) -> Any:
-    """The largest singular values of a leaf, NaN where only the shape is known; () if it is no matrix."""
+    """Largest singular values of a leaf, NaN where only the shape is known; () if it is no matrix."""
     shape = shape_of(leaf)
     if not is_inexact(leaf) or len(shape) < 2 or 0 in shape:
         return ()

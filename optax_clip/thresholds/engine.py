@@ -28,8 +28,8 @@ class ThresholdRule(NamedTuple):
     every scope.
 
     Args:
-        init: ``norms -> state`` with arrays of fixed shape, in the dtype of the norms or int32. A state of
-            zeros, as `optax.tree.zeros_like` makes it, had better be a valid start.
+        init: ``norms -> state`` with arrays of fixed shape, in the dtype of the norms or int32. A state
+            of zeros, as `optax.tree.zeros_like` makes it, had better be a valid start.
         update: ``(norms, state, param_norms, total) -> (limits, state)`` with ``limits`` shaped like
             ``norms``. ``param_norms`` are the norms of the weights in the same scopes (None if the
             update was called without params), ``total`` is the norm of the whole tree, a scalar. On a
@@ -123,7 +123,7 @@ class Limits(NamedTuple):
         norms, total = _told(seen, state)
         params = _param_norms(seen, norms)
         if not _remembers(rule):
-            beside = params or [None] * len(norms)
+            beside: Sequence[Array | None] = params or [None] * len(norms)
             asked = [rule.update(n, state, p, total)[0] for n, p in zip(norms, beside, strict=True)]
             return _in_dtypes_of([n.root for n in seen.norms], asked), states
         joined = seen.scopes.join(norms)
@@ -139,9 +139,10 @@ class Limits(NamedTuple):
         params = _param_norms(seen, [norms])
         found: dict[str, Array] = {}
         new = list(states)
+        rows = {label: row for row, label in enumerate(seen.scopes.labels or ())}
         for i, (label, rule) in enumerate(zip(self.labels or (), self.rules, strict=True)):
-            if label in (seen.scopes.labels or ()):
-                row = seen.scopes.labels.index(label)
+            if label in rows:
+                row = rows[label]
                 of_params = params[0][row] if params else None
                 found[label], new[i] = rule.update(norms[row], states[i], of_params, total)
         dtype = seen.norms[0].root.dtype
@@ -158,7 +159,8 @@ def as_rule(**named: Any) -> ThresholdRule:
     if threshold is None or isinstance(threshold, (str, tuple)):
         off = " To switch a clip off give jnp.inf." if threshold is None else ""
         raise TypeError(
-            f"Expected {name} to be a number, a schedule or a ThresholdRule, got {name}={threshold!r}.{off}"
+            f"Expected {name} to be a number, a schedule or a ThresholdRule, got {name}={threshold!r}."
+            + off
         )
     if callable(threshold):
 

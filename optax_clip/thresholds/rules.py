@@ -53,12 +53,12 @@ def relative_to_params(ratio: ArrayLike, *, eps: ArrayLike = 1e-3) -> ThresholdR
     def update(
         norms: Array, state: Memory, param_norms: Array | None, total: Array
     ) -> tuple[Array, Memory]:
-        if param_norms is None:
-            _validate.params_given(
-                param_norms, of="a transform by relative_to_params, such as adaptive_grad_clip"
-            )
-        least = jnp.maximum(param_norms, number(eps, param_norms))
-        return (number(ratio, param_norms) * least).astype(norms.dtype), state
+        _validate.params_given(
+            param_norms, of="a transform by relative_to_params, such as adaptive_grad_clip"
+        )
+        known: Any = param_norms
+        least = jnp.maximum(known, number(eps, known))
+        return (number(ratio, known) * least).astype(norms.dtype), state
 
     return ThresholdRule(lambda norms: {}, update)
 
