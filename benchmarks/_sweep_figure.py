@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from benchmarks._charlm import TAIL, Run
 from benchmarks._tasks import Task
@@ -35,13 +36,17 @@ def draw(tasks: Sequence[Task], runs: Sequence[dict[str, tuple[Run, ...]]], out:
 
 
 def panel(axes: Axes, task: Task, runs: dict[str, tuple[Run, ...]]) -> None:
+    finite = [run.final_loss for pair in runs.values() for run in pair if run.diverged is None]
+    low, high = min([task.guess, *finite]), max([task.guess, *finite])
+    ticks = (1,) if high > 100 * low else (1, 2, 5) if high > 4 * low else (1, 2, 2.5, 3, 4, 5)
     axes.set_title(f"{task.name}, {task.about}", fontsize=10.5)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=ticks))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.axhspan(FIXED - 0.5, len(runs) - 0.4, color="black", alpha=0.045, linewidth=0)
-    finite = [run.final_loss for pair in runs.values() for run in pair if run.diverged is None]
-    low, high = min([task.guess, *finite]), max([task.guess, *finite])
     room = (high / low) ** 0.06
     axes.set_xlim(low / room, high * room)
     axes.axvline(task.guess, color="black", linestyle=":", linewidth=1.2)
