@@ -13,7 +13,10 @@ from registry import ROWS
 OPTIMIZERS = {"sgd": optax.sgd(0.1), "adam": optax.adam(0.1)}
 N = 1000
 RANDOM = np.random.default_rng(0)
-PARAMS = {"kernel": jnp.asarray(RANDOM.normal(size=(25, 40)), jnp.float32), "bias": jnp.linspace(-2.0, 2.0, 40)}
+PARAMS = {
+    "kernel": jnp.asarray(RANDOM.normal(size=(25, 40)), jnp.float32),
+    "bias": jnp.linspace(-2.0, 2.0, 40),
+}
 GRADS = jax.tree.map(lambda x: jnp.asarray(RANDOM.normal(size=x.shape), jnp.float32), PARAMS)
 
 

@@ -119,7 +119,11 @@ def test_simplex_of_masked_logits_by_unit():
     )
 
 
-SUBNORMAL = [jnp.array([1e-40, 0.0, -1e-45]), jnp.array([6e-8, 0.0], jnp.float16), jnp.array([1e-40], jnp.bfloat16)]
+SUBNORMAL = [
+    jnp.array([1e-40, 0.0, -1e-45]),
+    jnp.array([6e-8, 0.0], jnp.float16),
+    jnp.array([1e-40], jnp.bfloat16),
+]
 
 
 @pytest.mark.parametrize("g", SUBNORMAL, ids=lambda g: g.dtype.name)
@@ -152,7 +156,10 @@ BOUNDS = {
     "arrays that broadcast": (jnp.zeros(2), jnp.array([1.0, 5.0])),
     "a number and an array": (-1.0, jnp.array([1.0, 5.0])),
     "numpy": (np.zeros(2), np.ones(2)),
-    "a tree of arrays": ({"w": jnp.array([[0.0], [1.0]]), "b": -1.0}, {"w": jnp.full((2, 2), 3.0), "b": jnp.ones(2)}),
+    "a tree of arrays": (
+        {"w": jnp.array([[0.0], [1.0]]), "b": -1.0},
+        {"w": jnp.full((2, 2), 3.0), "b": jnp.ones(2)},
+    ),
 }
 
 
@@ -200,14 +207,32 @@ def test_radii_for_each_norm():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: box(jnp.zeros(2), jnp.array([1.0, -1.0])), r"lower <= upper, got 0\.0 > -1\.0 at position \(1,\)"),
-        (lambda: box({"w": 2.0}, {"w": np.ones((1, 2))}), r"lower\['w'\] <= upper\['w'\].*position \(0, 0\)"),
-        (lambda: clip_by_value(jnp.ones(2), lower=np.array([0.0, 3.0])), r"lower <= limit, got 3\.0 > 1\.0 at position \(1,\)"),
+        (
+            lambda: box(jnp.zeros(2), jnp.array([1.0, -1.0])),
+            r"lower <= upper, got 0\.0 > -1\.0 at position \(1,\)",
+        ),
+        (
+            lambda: box({"w": 2.0}, {"w": np.ones((1, 2))}),
+            r"lower\['w'\] <= upper\['w'\].*position \(0, 0\)",
+        ),
+        (
+            lambda: clip_by_value(jnp.ones(2), lower=np.array([0.0, 3.0])),
+            r"lower <= limit, got 3\.0 > 1\.0 at position \(1,\)",
+        ),
         (lambda: norm_shell(jnp.array([1.0, 3.0]), 2.0), r"lower <= upper.*position \(1,\)"),
         (lambda: clip_by_value(jnp.array([1.0, -1.0])), r"limit >= 0, got -1\.0 at position \(1,\)"),
-        (lambda: norm_ball({"w": np.array([1.0, np.nan])}), r"radius\['w'\] not to be NaN.*position \(1,\)"),
-        (lambda: project(X, box(jnp.zeros(3), 1.0)), r"lower to broadcast to shape \(2,\) for leaf 'b', got shape \(3,\)"),
-        (lambda: project(X, norm_ball(jnp.ones(3), scope="unit")), r"radius to broadcast to shape .* got shape \(3,\)"),
+        (
+            lambda: norm_ball({"w": np.array([1.0, np.nan])}),
+            r"radius\['w'\] not to be NaN.*position \(1,\)",
+        ),
+        (
+            lambda: project(X, box(jnp.zeros(3), 1.0)),
+            r"lower to broadcast to shape \(2,\) for leaf 'b', got shape \(3,\)",
+        ),
+        (
+            lambda: project(X, norm_ball(jnp.ones(3), scope="unit")),
+            r"radius to broadcast to shape .* got shape \(3,\)",
+        ),
         (lambda: project(X, box(0.0, {"w": 1.0})), "upper .* without a number for 'b'"),
     ],
 )

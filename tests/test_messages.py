@@ -34,7 +34,15 @@ from optax_clip import (
 )
 
 G = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([1.0])}
-SETS = [norm_ball(1.0), norm_sphere(1.0), box(0.0, 1.0), non_negative(), simplex(1.0), spectral_ball(1.0), init_box(1.0)]
+SETS = [
+    norm_ball(1.0),
+    norm_sphere(1.0),
+    box(0.0, 1.0),
+    non_negative(),
+    simplex(1.0),
+    spectral_ball(1.0),
+    init_box(1.0),
+]
 
 
 def update(tx, params=G, grads=G, **extra):
@@ -60,7 +68,9 @@ def test_rule_and_inner_swapped(rule):
         skip_spikes(rule, optax.sgd(0.1))
 
 
-@pytest.mark.parametrize("factory", [clip_by_global_norm, clip_by_norm, normalize_by_norm, clip_by_value])
+@pytest.mark.parametrize(
+    "factory", [clip_by_global_norm, clip_by_norm, normalize_by_norm, clip_by_value]
+)
 def test_what_a_limit_may_be(factory):
     with pytest.raises(TypeError, match="a number, .*a schedule"):
         factory("1.0")
@@ -89,19 +99,29 @@ def test_missing_params_say_how_to_call(make, name):
 def test_none_beside_an_update(make, name, other):
     """The message names the leaf and the transform."""
     got = "None" if other is None else "int32"
-    with pytest.raises(ValueError, match=rf"{'adaptive' if 'relative' in name else name}.*leaf 'b', got {got}"):
+    with pytest.raises(
+        ValueError, match=rf"{'adaptive' if 'relative' in name else name}.*leaf 'b', got {got}"
+    ):
         update(make(), params={**G, "b": other})
 
 
-@pytest.mark.parametrize("make", [clip_by_global_norm, clip_by_norm, clip_by_value, normalize_by_norm], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("params", [{"a": None, "b": None}, {"c": jnp.ones(2)}, jnp.arange(3)], ids=["none", "other", "int"])
+@pytest.mark.parametrize(
+    "make",
+    [clip_by_global_norm, clip_by_norm, clip_by_value, normalize_by_norm],
+    ids=lambda f: f.__name__,
+)
+@pytest.mark.parametrize(
+    "params", [{"a": None, "b": None}, {"c": jnp.ones(2)}, jnp.arange(3)], ids=["none", "other", "int"]
+)
 def test_what_needs_no_weights_looks_at_none(make, params):
     expected, _ = update(make(1.0), params=None)
     updates, _ = update(make(1.0), params=params)
     assert all(map(jnp.array_equal, jax.tree.leaves(updates), jax.tree.leaves(expected)))
 
 
-@pytest.mark.parametrize("changed", [lambda p: [p], lambda p: {**p, "b": p["b"][None]}], ids=["structure", "shape"])
+@pytest.mark.parametrize(
+    "changed", [lambda p: [p], lambda p: {**p, "b": p["b"][None]}], ids=["structure", "shape"]
+)
 def test_a_callable_of_another_structure_or_shape(changed):
     for call in (lambda: project(G, changed), lambda: update(project_weights(changed))):
         with pytest.raises(ValueError, match="same structure and shapes"):
@@ -115,7 +135,9 @@ def test_a_callable_for_one_leaf():
 
 
 def test_a_given_norm_is_one_number():
-    with pytest.raises(ValueError, match=r"Expected grad_norm to be one number, got grad_norm of shape \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"Expected grad_norm to be one number, got grad_norm of shape \(3,\)"
+    ):
         update(clip_by_global_norm(1.0), grad_norm=jnp.ones(3))
 
 

@@ -12,7 +12,17 @@ import optax
 import pytest
 from flax import linen, nnx
 
-from optax_clip import clip_by_norm, groups, init_box, metrics, norm_ball, project, project_weights, tree_norms, where
+from optax_clip import (
+    clip_by_norm,
+    groups,
+    init_box,
+    metrics,
+    norm_ball,
+    project,
+    project_weights,
+    tree_norms,
+    where,
+)
 
 
 class Tuple(NamedTuple):
@@ -93,7 +103,9 @@ def test_fields(container):
     tree_norms(tree, scope=lambda path, leaf: seen.add(path) or "leaf")
     assert seen == NAMES
     norms = tree_norms(tree, scope=groups(lambda path, leaf: path))
-    assert {path: float(x) for path, x in norms.items()} == dict(zip(sorted(NAMES), (4, 2, 6), strict=True))
+    assert {path: float(x) for path, x in norms.items()} == dict(
+        zip(sorted(NAMES), (4, 2, 6), strict=True)
+    )
     found = metrics(clip_by_norm(1.0, record="scopes").init(tree))
     assert {f"clip/{path}/norm_before" for path in NAMES} <= set(found)
     ball = norm_ball(lambda path, leaf: 0.0 if path.endswith("value") else 9.0)

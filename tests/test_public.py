@@ -87,7 +87,9 @@ print(optax_clip.__file__, optax_clip.__version__)
 """
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert run.stdout.split() == [str(ROOT / "optax_clip/__init__.py"), optax_clip.__version__], run.stderr
+    assert run.stdout.split() == [str(ROOT / "optax_clip/__init__.py"), optax_clip.__version__], (
+        run.stderr
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

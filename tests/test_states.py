@@ -45,7 +45,10 @@ def filled(state):
     """A state of the same look in which no two numbers are equal, for checks that run no step."""
     leaves, treedef = jax.tree.flatten(state)
     ends = np.cumsum([0, *(x.size for x in leaves)])
-    new = [np.arange(i, j).reshape(x.shape).astype(x.dtype) for i, j, x in zip(ends, ends[1:], leaves, strict=False)]
+    new = [
+        np.arange(i, j).reshape(x.shape).astype(x.dtype)
+        for i, j, x in zip(ends, ends[1:], leaves, strict=False)
+    ]
     return treedef.unflatten(map(jnp.asarray, new))
 
 
@@ -62,9 +65,7 @@ def test_map_params(row):
     """Of a chain with Adam, nothing but its moments is like the weights."""
     tx = optax.chain(row.make(), optax.adam(0.1))
     state = tx.init(PARAMS)
-    seen = optax.tree.map_params(
-        tx, lambda x: "weights", state, transform_non_params=lambda x: "other"
-    )
+    seen = optax.tree.map_params(tx, lambda x: "weights", state, transform_non_params=lambda x: "other")
     jax.tree.map(lambda x, part: None, seen, state)  # It is a prefix: one mark may stand for a memory.
     adam, (clip, *_) = optax.tree.get(seen, "ScaleByAdamState"), seen
     assert set(jax.tree.leaves((adam.mu, adam.nu))) == {"weights"}
