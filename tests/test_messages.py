@@ -72,7 +72,7 @@ def test_rule_and_inner_swapped(rule):
     "factory", [clip_by_global_norm, clip_by_norm, normalize_by_norm, clip_by_value]
 )
 def test_what_a_limit_may_be(factory):
-    with pytest.raises(TypeError, match="a number, .*a schedule"):
+    with pytest.raises(TypeError, match=r"a number, .*a schedule"):
         factory("1.0")
     with pytest.raises(TypeError, match=r"To switch a clip off give jnp\.inf\."):
         factory(None)
