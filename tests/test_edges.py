@@ -27,8 +27,7 @@ from optax_clip import (
     where,
 )
 
-# Largest numbers <= 0.3 and <= 0.1: of three bits of mantissa 1.125 * 2^-2 and 1.5 * 2^-4, of two
-# 2^-2 and 1.5 * 2^-4.
+# Largest numbers <= 0.3 and <= 0.1: 1.125 * 2^-2 (2^-2 with two bits of mantissa) and 1.5 * 2^-4.
 FLOAT8 = {
     "float8_e4m3fn": (0.28125, 0.09375),
     "float8_e4m3fnuz": (0.28125, 0.09375),

@@ -91,7 +91,7 @@ def norm_ball(
         return _cube(radius, axis_name)
     bounds = NormBounds(scope, axis_name, ord, {"radius": radius})
     move = l1_ball if ord == 1 else (_max_ball if ord == math.inf else _by_norm)
-    return _norm_set(bounds, functools.partial(move, bounds), "", "radius", shrinks=True)
+    return _norm_set(bounds, functools.partial(move, bounds), "", "radius", shrinks=ord != math.inf)
 
 
 @value_object
