@@ -161,7 +161,7 @@ def _value_rule(value_rule: Any) -> ThresholdRule:
 
 def _loss(value: Any, *, needed: bool) -> Array:
     if not needed:
-        return jnp.float32(0)
+        return jnp.zeros((), jnp.float32)
     if value is None:
         raise ValueError(
             "Expected value, the loss of the step, in update of skip_spikes with a value_rule, got "

@@ -256,7 +256,8 @@ def largest(xs: Sequence[Any], axis_name: AxisName = None) -> Array:
     """The largest entry of some arrays, 0 if there is none; on all devices that hold a part of it."""
     parts = [jnp.max(x, initial=0).astype(jnp.float32) for x in xs]
     parts = all_reduce(parts, [reduction_axes(axis_name, x) for x in parts], lax.pmax)
-    return functools.reduce(jnp.maximum, parts, jnp.float32(0))
+    peak: Array = functools.reduce(jnp.maximum, parts, jnp.float32(0))
+    return peak
 
 
 def require_real(scopes: Scopes, xs: Sequence[Array], *, of: str) -> None:
