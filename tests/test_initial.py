@@ -97,7 +97,8 @@ def test_ball_of_order_inf_is_a_box_relative_to_the_start():
     new, _ = stepped(norm_ball(initial(0.5), ord=math.inf), params, grads)
     for key, x in params.items():
         bound = 0.5 * jnp.abs(x).max()
-        np.testing.assert_array_equal(new[key], jnp.clip(x + grads[key], -bound, bound))
+        assert jnp.abs(new[key]).max() <= bound  # and at it, but for a rounding of the update
+        np.testing.assert_allclose(new[key], jnp.clip(x + grads[key], -bound, bound), rtol=3e-7)
 
 
 @pytest.mark.parametrize("make", [*SETS, "spectral"])

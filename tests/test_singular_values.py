@@ -126,7 +126,7 @@ def test_traced_limits():
 
 def test_schedule():
     x = matrices((5, 4))
-    tx = clip_singular_values(lambda step: 1.0 / (1 + step))
+    tx = clip_singular_values(lambda step: 1.0 / (1.0 + jnp.asarray(step).astype(jnp.float32)))
     state = tx.init(x)
     for limit in (1.0, 0.5):
         updates, state = tx.update(x, state)
@@ -148,7 +148,7 @@ def test_arguments():
 
 
 def test_split_matrices_raise():
-    mesh = jax.make_mesh((2,), ("rows",))
+    mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
     tx = clip_singular_values(1.0, record=False)
 
     def step(x):
