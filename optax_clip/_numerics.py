@@ -133,3 +133,15 @@ def clamp(x: Array, low: Array, high: Array) -> Array:
     wide = widen(x, accumulator([x]))
     y = jnp.minimum(jnp.maximum(wide, low.astype(wide.dtype)), high.astype(wide.dtype))
     return lax.select((wide != y) | (low == high), y.astype(x.dtype), x)
+
+
+def outer_bounds(low: Array, high: Array) -> tuple[Array, Array, Array, Array]:
+    """What `beyond` compares with: the bounds, and the ends of the range, for which infinity counts."""
+    most = jnp.asarray(jnp.finfo(low.dtype).max, low.dtype)
+    return jnp.maximum(low, -most), jnp.minimum(high, most), -most, most
+
+
+def beyond(x: Array, low: Array, high: Array, least: Array, most: Array) -> Array:
+    """How far an entry is outside; not above 0 inside."""
+    x = widen(x, high.dtype)
+    return jnp.maximum(jnp.minimum(x, most) - high, low - jnp.maximum(x, least))

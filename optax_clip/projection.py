@@ -12,7 +12,7 @@ from jax import Array, lax
 from optax_clip import _cpu, _validate
 from optax_clip._landing import add_as_apply_updates, land, reach
 from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes
-from optax_clip._numerics import accumulator, widen
+from optax_clip._numerics import accumulator, beyond, widen
 from optax_clip._records import Report, increment, transform
 from optax_clip._trees import Scopes, is_inexact
 from optax_clip.sets.constraint import Constraint, Move, as_constraint
@@ -194,10 +194,10 @@ def redirect(
 ) -> tuple[optax.Updates, Any, tuple[Array, Array]]:
     """The updates that land in the set, its memory, how far the weights move and which share."""
     scopes, us = Scopes.of(updates, "leaf", constraint.axis_name, beside=params)
-    if constraint.outside is None:
+    if constraint.ends is None:
         us = _cpu.written_once(us)
     how = _How(constraint, scopes, record)
-    way = _landed_and_measured if record and constraint.outside else _landed
+    way = _landed_and_measured if record and constraint.ends else _landed
     new, memory, moved = way(how, scopes.leaves_of(params, of="project_weights"), us, memory)
     return scopes.rebuild(updates, new), memory, moved
 
@@ -221,24 +221,27 @@ def _landed_and_measured(how: _How, ps: list[Array], us: list[Array], memory: An
 
 def _measured_then_landed(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Landed:
     """On CPU: sums that read weights and updates alone, before the weights are overwritten."""
-    numbers = _cpu.constants(accumulator(ps))
-    own, again = ([_cpu.apart(p, u, *numbers) for p, u in zip(ps, us, strict=True)] for _ in range(2))
-    outside: Any = how.constraint.outside
-    gaps, marks = (
-        outside(how.scopes.alone([add_as_apply_updates(p, u) for p, u, *_ in parts]), memory)
-        for parts in (own, again)
-    )
+    bounds: Any = how.constraint.ends
+    ends, numbers = bounds(how.scopes.alone(ps), memory), _cpu.constants(accumulator(ps))
+    rows = list(zip(ps, us, ends, strict=True))
+    own, again = ([_cpu.apart(p, u, *each, *numbers) for p, u, each in rows] for _ in range(2))
+    gaps, marks = ([_outside(*each[:6]) for each in parts] for parts in (own, again))
     squares = [jnp.sum(gap * gap) for gap in gaps]
-    counts = [jnp.sum(_cpu.indicator(gap, *parts[2:])) for gap, parts in zip(marks, again, strict=True)]
+    counts = [jnp.sum(_cpu.indicator(gap, *each[6:])) for gap, each in zip(marks, again, strict=True)]
     broken = functools.reduce(jnp.logical_or, map(jnp.isnan, counts), jnp.array(False))
+    dtype = accumulator(ps)
     counts = _cpu.cond(
         broken,
-        lambda: [jnp.sum(~(gap <= 0), dtype=x.dtype) for gap, x in zip(gaps, counts, strict=True)],
+        lambda: [jnp.sum(~(_outside(p, u, *each) <= 0), dtype=dtype) for p, u, each in rows],
         lambda: counts,
     )
     us, moved = lax.optimization_barrier((us, _over_all(how, ps, squares, counts)))
     new, memory, _ = _landed(how._replace(record=False), ps, us, memory)
     return new, memory, moved
+
+
+def _outside(p: Array, u: Array, *ends: Array) -> Array:
+    return jnp.maximum(beyond(add_as_apply_updates(p, u), *ends), 0)
 
 
 def _moves(how: _How, ps: list[Array], reached: list[Array], new: list[Array]) -> tuple[Array, Array]:

@@ -13,6 +13,8 @@ from optax_clip._mesh import all_reduce, reduction_axes
 from optax_clip._numerics import (
     accumulator,
     as_dtype,
+    beyond,
+    outer_bounds,
     power_of_two,
     reciprocal,
     round_down,
@@ -170,11 +172,10 @@ def _length(x: Array, low: Array, high: Array) -> Array:
 
 
 def _excess(x: Array, low: Array, high: Array, least: Array, most: Array) -> Array:
-    """How far outside; infinity counts as the largest number, on both sides."""
+    """How far outside, by modulus if complex; infinity counts as the largest number."""
     if jnp.iscomplexobj(x):
         return jnp.minimum(jnp.abs(x), most) - high
-    x = widen(x, high.dtype)
-    return jnp.maximum(jnp.minimum(x, most) - high, low - jnp.maximum(x, least))
+    return beyond(x, low, high, least, most)
 
 
 class _Reading(NamedTuple):
@@ -192,8 +193,7 @@ def _statistics(
     (before,) = measure(how.scopes, xs, None)
     lows, highs = ([each[i] for each in ends] for i in (0, 1))
     (after,) = measure(how.scopes, xs, None, lows, highs, read=_length)
-    most = jnp.asarray(jnp.finfo(accumulator(xs)).max, accumulator(xs))
-    bounds = [(jnp.maximum(low, -most), jnp.minimum(high, most), -most, most) for low, high in ends]
+    bounds = [outer_bounds(*each) for each in ends]
     numbers = _cpu.constants(accumulator(xs))
     own = [read(x, *each, *numbers) for x, each in zip(lax.stop_gradient(xs), bounds, strict=True)]
     gaps = [indicator(_excess(*each[:5]), *each[5:]) for each in own]

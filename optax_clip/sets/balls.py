@@ -260,7 +260,9 @@ def _by_norm(
     highs = [jnp.where(f, jnp.inf, high) for f, high in zip(free, highs, strict=True)]
     each = zip(norms, scopes.counts, lows, highs, strict=True)
     plans = [_plan(*those, sphere=sphere) for those in each]
-    columns = [scopes.per_leaf(list(column)) for column in zip(*plans, strict=True)][:4]
+    # Behind a barrier: compilers would else form the factors anew for each entry.
+    whole = lax.optimization_barrier([list(column) for column in zip(*plans, strict=True)])
+    columns = [scopes.per_leaf(column) for column in whole[:4]]
     new = [_move(x, *factors, sphere=sphere) for x, *factors in zip(xs, *columns, strict=True)]
     report = moved_by(scopes, [plan.gap for plan in plans], [plan.move for plan in plans])
     return Move(scopes.rebuild(params, new), memory, report)

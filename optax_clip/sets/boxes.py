@@ -13,7 +13,15 @@ from jax.typing import ArrayLike
 
 from optax_clip import _settings, _validate
 from optax_clip._mesh import place_like
-from optax_clip._numerics import accumulator, as_dtype, clamp, round_down, round_up, widen
+from optax_clip._numerics import (
+    accumulator,
+    as_dtype,
+    beyond,
+    clamp,
+    outer_bounds,
+    round_down,
+    round_up,
+)
 from optax_clip._settings import Setting, aligned, precise
 from optax_clip._trees import Scopes, shape_of
 from optax_clip._validate import AxisName
@@ -177,37 +185,31 @@ def _entrywise(bounds: Callable[..., Bounded], axis_name: AxisName) -> Constrain
     """The set of all trees whose entries are between their bounds."""
 
     def nearest(params: optax.Params, memory: Any = ()) -> optax.Params:
-        scopes, xs, ends = bounds(params, memory)
-        clamped = [clamp(x, *each) for x, each in zip(xs, ends, strict=True)]
+        scopes, xs, pairs = bounds(params, memory)
+        clamped = [clamp(x, *pair) for x, pair in zip(xs, pairs, strict=True)]
         inside: optax.Params = scopes.rebuild(params, clamped)
         return inside
 
-    def outside(params: optax.Params, memory: Any = ()) -> list[Array]:
-        _, xs, ends = bounds(params, memory)
-        return [_gap(x, *each) for x, each in zip(xs, ends, strict=True)]
+    def ends(params: optax.Params, memory: Any = ()) -> list[tuple[Array, ...]]:
+        _, xs, pairs = bounds(params, memory)
+        wide = [accumulator([x]) for x in xs]
+        each = zip(pairs, wide, strict=True)
+        return [outer_bounds(low.astype(dtype), high.astype(dtype)) for (low, high), dtype in each]
 
     def excess(params: optax.Params) -> Array:
-        return largest(outside(params), axis_name)
+        _, xs, _ = bounds(params)
+        gaps = [beyond(x, *each) for x, each in zip(xs, ends(params), strict=True)]
+        return largest(gaps, axis_name)
 
     def move(params: optax.Params, memory: Any) -> Move:
         return Move(nearest(params, memory), memory)
 
-    return Constraint(nearest, excess, move=move, outside=outside, axis_name=axis_name)
+    return Constraint(nearest, excess, move=move, ends=ends, axis_name=axis_name)
 
 
 def _inwards(x: Array, low: Any, high: Any) -> tuple[Array, Array]:
     low, high = round_up(precise(low), x.dtype), round_down(precise(high), x.dtype)
     return aligned(jnp.asarray(low), x.ndim), aligned(jnp.asarray(high), x.ndim)
-
-
-def _gap(x: Array, low: Array, high: Array) -> Array:
-    """How far each entry is outside; infinity counts as the largest number, on both sides."""
-    wide = accumulator([x])
-    most = float(jnp.finfo(wide).max)
-    y, low, high = widen(x, wide), low.astype(wide), high.astype(wide)
-    below = jnp.maximum(low, -most) - jnp.maximum(y, -most)
-    above = jnp.minimum(y, most) - jnp.minimum(high, most)
-    return jnp.maximum(jnp.maximum(below, above), 0)
 
 
 def _largest(x: Any) -> Array:

@@ -53,8 +53,7 @@ class Constraint(NamedTuple):
             for sets without an inside, like a sphere.
         move: ``(params, memory) -> Move`` for a set that remembers or knows how far it moves.
         init: ``params -> memory``, what `project_weights` keeps for a set that remembers.
-        outside: ``(tree, memory) -> list``, how far each entry is outside, for a set that bounds each on
-            its own.
+        ends: ``(tree, memory) -> list``, the bounds of each leaf, for a set that bounds each entry.
         axis_name: mapped axes that the metrics are summed over, as in `global_norm`.
 
     Examples:
@@ -75,7 +74,7 @@ class Constraint(NamedTuple):
     shrinks: bool | None = False
     move: Callable[[optax.Params, Any], Move] | None = None
     init: Callable[[optax.Params], Any] | None = None
-    outside: Callable[[optax.Params, Any], list[Array]] | None = None
+    ends: Callable[[optax.Params, Any], list[tuple[Array, ...]]] | None = None
     axis_name: AxisName = None
 
     def __call__(self, params: optax.Params) -> optax.Params:
