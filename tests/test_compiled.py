@@ -86,7 +86,7 @@ SEARCHES = {
 # What is not met, and why. On an H100 three sums over rows do not fit into the shared memory of one
 # kernel (3 x 16.5 KiB of 48), so units are read twice. The sums of what a box moved are not fused into
 # Adam's kernel in bfloat16 and on a TPU: it writes for them. In bfloat16 the sums of weights and updates
-# are written beside the updates, and what comes after `scale_by_adam` has its update written for the norm.
+# are written beside the updates. What comes after `scale_by_adam` has its update written for the norm.
 H100, TPU = compiled.CHIPS
 BOXES = ("box", "non_negative", "norm_ball, ord=inf", "init_box")
 UNIT_BALLS = ("norm_ball, unit", "norm_sphere, unit", "norm_shell, unit")
@@ -190,16 +190,16 @@ REDUCES = {
     "running_quantile": 2,
     "skip_spikes": 2,
     "clip_by_norm, leaf": 4,
-    "clip_by_norm, unit": 4,
-    "adaptive_grad_clip": 4,
+    "clip_by_norm, unit": 5,
+    "adaptive_grad_clip": 6,
     "adagc": 4,
     "clip_by_value": 4,
     "box": 4,
     "norm_ball, leaf": 4,
     "norm_ball, unit": 8,
     "norm_ball, global": 4,
-    "norm_ball, leaf, ord=1": 4,
-    "simplex, leaf": 4,
+    "norm_ball, leaf, ord=1": 14,  # the loops of two searches counted once
+    "simplex, leaf": 16,
 }
 
 
