@@ -75,6 +75,15 @@ def replicated(x: Array) -> Array:
     )
 
 
+def everywhere(x: Array) -> Array:
+    """``x`` whole on each device of a mesh, as `place_like` puts it at first."""
+    mesh = jax.typeof(x).sharding.mesh
+    if set(mesh.axis_types) != {AxisType.Auto}:
+        return x if AxisType.Manual in mesh.axis_types else replicated(x)
+    whole: Array = lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
+    return whole
+
+
 def place_like(state: T, params: Any) -> T:
     """``state`` replicated beside ``params``, where it is after a step, so that nothing recompiles."""
     if any(is_traced(leaf) for leaf in jax.tree.leaves((state, params))):

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_clip import _matrices, _settings, _validate
 from optax_clip._matrices import Method
-from optax_clip._mesh import is_explicit, place_like, varying_axes
+from optax_clip._mesh import everywhere, is_explicit, place_like, varying_axes
 from optax_clip._numerics import accumulator, as_dtype
 from optax_clip._settings import Initial, Setting
 from optax_clip._trees import Scopes, flatten, is_inexact, shape_of
@@ -200,7 +200,7 @@ def _scaled(x: Array, radius: Array, vector: Array, iterations: int) -> tuple[Ar
     _, inside = margins(x.shape[-2] * x.shape[-1], dtype)
     row = vector.reshape(*x.shape[:-2], x.shape[-1])
     y, row = _matrices.power_step(x, radius.astype(dtype) * (1 - inside), row, iterations)
-    return y, row.reshape(vector.shape)
+    return y, everywhere(row.reshape(vector.shape))
 
 
 def _first_value(leaf: Any, flatten: bool) -> Any:
