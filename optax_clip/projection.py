@@ -222,19 +222,21 @@ def _landed_and_measured(how: _How, ps: list[Array], us: list[Array], memory: An
 def _measured_then_landed(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Landed:
     """On CPU: sums that read weights and updates alone, before the weights are overwritten."""
     bounds: Any = how.constraint.ends
-    ends, numbers = bounds(how.scopes.alone(ps), memory), _cpu.constants(accumulator(ps))
+    ends, numbers = bounds(how.scopes.alone(ps), memory), [_cpu.constants(accumulator([p])) for p in ps]
     rows = list(zip(ps, us, ends, strict=True))
-    own, again = ([_cpu.apart(p, u, *each, *numbers) for p, u, each in rows] for _ in range(2))
+    own, again = (
+        [_cpu.apart(p, u, *each, *own) for (p, u, each), own in zip(rows, numbers, strict=True)]
+        for _ in range(2)
+    )
     gaps, marks = ([_outside(*each[:6]) for each in parts] for parts in (own, again))
     squares = [jnp.sum(gap * gap) for gap in gaps]
     counts = [jnp.sum(_cpu.indicator(gap, *each[6:])) for gap, each in zip(marks, again, strict=True)]
     broken = functools.reduce(jnp.logical_or, map(jnp.isnan, counts), jnp.array(False))
-    dtype = accumulator(ps)
-    counts = _cpu.cond(
-        broken,
-        lambda: [jnp.sum(~(_outside(p, u, *each) <= 0), dtype=dtype) for p, u, each in rows],
-        lambda: counts,
-    )
+
+    def exactly() -> list[Array]:
+        return [jnp.sum(~(_outside(p, u, *each) <= 0), dtype=accumulator([p])) for p, u, each in rows]
+
+    counts = _cpu.cond(broken, exactly, lambda: counts)
     us, moved = lax.optimization_barrier((us, _over_all(how, ps, squares, counts)))
     new, memory, _ = _landed(how._replace(record=False), ps, us, memory)
     return new, memory, moved

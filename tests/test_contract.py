@@ -316,7 +316,7 @@ def test_multi_steps(row, standard_promotion):
 
 def without_threshold(state):
     """The metrics that are finite on every finite step; a rule may set no limit in its warm-up."""
-    return {key: x for key, x in metrics(state).items() if not key.endswith("/threshold")}
+    return {key: x for key, x in metrics(state).items() if not key.endswith("threshold")}
 
 
 def spoilt(arrays):
