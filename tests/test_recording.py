@@ -34,6 +34,14 @@ KEYS = {
 }
 KEYS["skip"] = KEYS["clip"] | {"steps_skipped": jnp.int32}
 KEYS["normalize"] = KEYS["clip"]
+KEYS["rescale"] = {"fraction": jnp.float32, "steps": jnp.int32, "steps_nonfinite": jnp.int32}
+KEYS["qk_clip"] = KEYS["rescale"] | {"max_logit": jnp.float32}
+KEYS["norms"] = {"rest/updates": jnp.float32}
+# Beside those of every row of that name.
+MORE_KEYS = {
+    "clip_by_norm, groups": ("rest/norm_before", "rest/norm_after", "rest/threshold"),
+    "skip_spikes, value rule": ("value", "value_threshold"),
+}
 KEYS["outward"] = {"fraction": jnp.float32, "steps": jnp.int32}
 MOST = 2**31 - 1
 
@@ -75,6 +83,7 @@ def test_values_of_one_step():
 def test_names_and_dtypes(row):
     name = inspect.signature(row.factory).parameters["name"].default
     wanted = {f"{name}/{key}": dtype for key, dtype in KEYS[name].items()}
+    wanted |= {f"{name}/{key}": jnp.float32 for key in MORE_KEYS.get(row.id, ())}
     with jax.numpy_dtype_promotion(row.promotion):
         params = {"w": jnp.ones((2, 2))}
         tx = row.make()
