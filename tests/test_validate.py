@@ -361,6 +361,7 @@ REQUIRED = {
     "upper": 1.0,
     "radius": 1.0,
     "kappa": 1.0,
+    "factors": lambda path, leaf, eta: None,
 }
 MAPPED = [
     name
