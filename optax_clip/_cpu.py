@@ -44,7 +44,7 @@ def by_platform(*arrays: Any, default: Callable[..., T], **special: Callable[...
 
 def written_once(xs: list[Array]) -> list[Array]:
     """On a GPU written to memory: what a norm and a projection read is else computed a second time."""
-    return by_platform(xs, cuda=lax.optimization_barrier, default=list)
+    return by_platform(xs, cuda=lambda xs: list(map(lax.optimization_barrier, xs)), default=list)
 
 
 def _platform(leaves: Sequence[Any]) -> str:

@@ -223,7 +223,7 @@ def _measured_then_landed(how: _How, ps: list[Array], us: list[Array], memory: A
     """On CPU: sums that read weights and updates alone, before the weights are overwritten."""
     bounds: Any = how.constraint.ends
     ends, numbers = bounds(how.scopes.alone(ps), memory), [_cpu.constants(accumulator([p])) for p in ps]
-    rows = list(zip(ps, us, ends, strict=True))
+    rows = list(zip(*lax.stop_gradient((ps, us)), ends, strict=True))
     own, again = (
         [_cpu.apart(p, u, *each, *own) for (p, u, each), own in zip(rows, numbers, strict=True)]
         for _ in range(2)
@@ -237,9 +237,10 @@ def _measured_then_landed(how: _How, ps: list[Array], us: list[Array], memory: A
         return [jnp.sum(~(_outside(p, u, *each) <= 0), dtype=accumulator([p])) for p, u, each in rows]
 
     counts = _cpu.cond(broken, exactly, lambda: counts)
-    us, moved = lax.optimization_barrier((us, _over_all(how, ps, squares, counts)))
+    each = map(lax.optimization_barrier, zip(us, squares, counts, strict=True))
+    us, squares, counts = map(list, zip(*each, strict=True)) if us else ([], [], [])
     new, memory, _ = _landed(how._replace(record=False), ps, us, memory)
-    return new, memory, moved
+    return new, memory, _over_all(how, ps, squares, counts)
 
 
 def _outside(p: Array, u: Array, *ends: Array) -> Array:

@@ -210,6 +210,7 @@ ROWS = (
         oc.record_norms,
         {"scope": oc.groups(by_role)},
         static_args=("scope", "of"),
+        elementwise=True,
         counts=False,
     ),
     Row(

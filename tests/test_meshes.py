@@ -199,6 +199,7 @@ INSIDE = {
     "clip_by_update_rms": lambda: oc.clip_by_update_rms(0.5),
     "clip_by_value": lambda: oc.clip_by_value(0.5),
     "skip_spikes": lambda: oc.skip_spikes(optax.identity(), oc.zscore(1.0, warmup=1)),
+    "box": lambda: project(oc.box(-0.5, 0.5)),
     "norm_ball, 1": lambda: project(oc.norm_ball(1.0, ord=1)),
     "norm_ball, every": lambda: project(oc.norm_ball(1.0), every=2),
     "norm_sphere": lambda: project(oc.norm_sphere(1.0)),

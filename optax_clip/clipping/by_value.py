@@ -98,7 +98,8 @@ def clip_by_value(
         high: Any = limit
         if scheduled:
             high, memory = _follow(high, memory)
-        ends = _ends(scopes, xs, lower, high)
+        limits = _limits(scopes, xs, lower, high)
+        ends = [_ends(x, *each) for x, each in zip(xs, limits, strict=True)]
         inside = [_inside(x, *each) for x, each in zip(xs, ends, strict=True)]
         # A device that flushes subnormal numbers takes them for 0.
         flags = [
@@ -108,7 +109,8 @@ def clip_by_value(
         clipped = _cpu.select(xs, flags, inside)
 
         def report() -> Any:
-            return _report(scopes, xs, ends, axis_name)
+            threshold = _smallest(limits, accumulator(xs))
+            return _report(_Reading(scopes, axis_name), xs, ends, threshold)
 
         return scopes.rebuild(updates, clipped), memory, report
 
@@ -131,21 +133,24 @@ def _follow(schedule: optax.Schedule, memory: Any) -> tuple[Any, Any]:
     return limit, {"step": increment(memory["step"])}
 
 
-def _ends(scopes: Scopes, xs: Sequence[Array], lower: Any, high: Any) -> list[tuple[Array, Array]]:
-    """Both bounds of each leaf, as a leaf of its dtype can hold them."""
+def _limits(scopes: Scopes, xs: Sequence[Array], lower: Any, high: Any) -> list[tuple[Array, Array]]:
+    """Both bounds of each leaf, as they were given."""
     if lower is not None and any(jnp.iscomplexobj(x) for x in xs):
         raise ValueError(f"Expected no complex leaf beside lower, got lower={lower!r}.")
     dtype, shapes = accumulator(xs), [x.shape for x in xs]
-    highs = _settings.per_leaf(scopes, xs, shapes, limit=high)
-    lows = highs if lower is None else _settings.per_leaf(scopes, xs, shapes, lower=lower)
-    found = []
-    for x, low, top in zip(xs, lows, highs, strict=True):
-        part = jnp.finfo(x.dtype).dtype
-        top = jnp.maximum(as_dtype(top, dtype), 0) if lower is None else as_dtype(top, dtype)
-        low = -top if lower is None else as_dtype(low, dtype)
-        low, top = round_up(low, part).astype(dtype), round_down(top, part).astype(dtype)
-        found.append((_settings.aligned(low, x.ndim), _settings.aligned(top, x.ndim)))
-    return found
+    highs = [as_dtype(top, dtype) for top in _settings.per_leaf(scopes, xs, shapes, limit=high)]
+    if lower is None:
+        highs = [jnp.maximum(top, 0) for top in highs]
+        return [(-top, top) for top in highs]
+    lows = [as_dtype(low, dtype) for low in _settings.per_leaf(scopes, xs, shapes, lower=lower)]
+    return list(zip(lows, highs, strict=True))
+
+
+def _ends(x: Array, low: Array, high: Array) -> tuple[Array, Array]:
+    """The bounds as a leaf of its dtype can hold them."""
+    part = jnp.finfo(x.dtype).dtype
+    held = round_up(low, part).astype(low.dtype), round_down(high, part).astype(high.dtype)
+    return _settings.aligned(held[0], x.ndim), _settings.aligned(held[1], x.ndim)
 
 
 def _inside(x: Array, low: Array, high: Array) -> Array:
@@ -208,11 +213,12 @@ _statistics = _cpu.instead(functools.partial(_statistics, read=_cpu.apart, indic
 )
 
 
-def _report(
-    scopes: Scopes, xs: list[Array], ends: list[tuple[Array, Array]], axis_name: AxisName
-) -> Report:
-    before, after, broken, outside = _statistics(_Reading(scopes, axis_name), xs, ends)
-    size = max(scopes.counts[0].item(), 1)
-    each = [jnp.min(jnp.minimum(high, -low), initial=jnp.inf) for low, high in ends]
-    limit = functools.reduce(jnp.minimum, each, jnp.asarray(jnp.inf, accumulator(xs)))
-    return clip_report(before, after, limit, outside / size, ~broken)
+def _smallest(limits: Sequence[tuple[Array, Array]], dtype: Any) -> Array:
+    each = [jnp.min(jnp.minimum(high, -low), initial=jnp.inf) for low, high in limits]
+    return functools.reduce(jnp.minimum, each, jnp.asarray(jnp.inf, dtype))
+
+
+def _report(how: _Reading, xs: list[Array], ends: list[tuple[Array, Array]], threshold: Array) -> Report:
+    before, after, broken, outside = _statistics(how, xs, ends)
+    size = max(how.scopes.counts[0].item(), 1)
+    return clip_report(before, after, threshold, outside / size, ~broken)

@@ -177,7 +177,7 @@ class _Ball(NamedTuple):
             else:
                 y, vectors[place] = _scaled(x, radius, vectors[place], self.power_iterations + more)
             leaves[i] = _as_leaf(y, leaves[i])
-        if self.power_iterations is not None:
+        if leaves and self.power_iterations is not None:
             memory = {**memory, "vectors": tuple(vectors)} if relative else tuple(vectors)
         return Move(scopes.rebuild(params, leaves), memory)
 
