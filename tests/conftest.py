@@ -1,6 +1,7 @@
 """What every test runs under: eight CPU devices, strict promotion, reproducible examples."""
 
 import os
+from pathlib import Path
 
 # Read when jax starts its backend, so they are set before anything imports it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -13,6 +14,11 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A program is compiled once, by whichever test and worker comes first, and not again in the next run.
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # The first example of a test compiles, so a deadline would only measure XLA.
 hypothesis.settings.register_profile("local", deadline=None, max_examples=30)
