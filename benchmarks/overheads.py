@@ -78,6 +78,27 @@ def after_adam(clip: optax.GradientTransformation) -> optax.GradientTransformati
     return optax.chain(optax.scale_by_adam(), clip, optax.scale_by_learning_rate(1e-3))
 
 
+def by_rank(path: str, leaf: Any) -> str:
+    return "matrix" if leaf.ndim > 1 else "vector"
+
+
+def ranks(params: Any) -> Any:
+    return jax.tree.map(lambda x: by_rank("", x), params)
+
+
+def in_groups() -> Iterator[Case]:
+    """One clip with a limit for each label, beside the two ways to write it with Optax."""
+    ours = optax_clip.clip_by_norm({"matrix": 1.0, "vector": 0.1}, scope=optax_clip.groups(by_rank))
+    clips = {"matrix": optax.clip_by_global_norm(1.0), "vector": optax.clip_by_global_norm(0.1)}
+    masked = (
+        optax.masked(clip, lambda params, label=label: jax.tree.map(label.__eq__, ranks(params)))
+        for label, clip in clips.items()
+    )
+    yield before("clip_by_norm, groups", ours, Peer("two optax.masked", optax.chain(*masked, ADAM)))
+    parts = optax.partition(clips, ranks)
+    yield before("clip_by_norm, groups (2)", ours, clipped("partition", parts))
+
+
 def skipping(limit: float) -> optax.GradientTransformation:
     """Optax's way to leave out steps of a large norm: an accumulation over one step."""
     skip = functools.partial(optax.skip_large_updates, max_squared_norm=limit**2)
@@ -104,6 +125,7 @@ def cases() -> Iterator[Case]:
         optax_clip.clip_by_norm(0.01, ord="rms"),
         clipped("clip_by_block_rms", block_rms),
     )
+    yield from in_groups()
     yield before("clip_by_norm, unit", optax_clip.clip_by_norm(1.0, scope="unit"))
     yield before("adaptive_grad_clip", optax_clip.adaptive_grad_clip(0.01), agc)
     yield before("clip_by_value", optax_clip.clip_by_value(1.0), clipped("clip", optax.clip(1.0)))
