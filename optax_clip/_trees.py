@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from optax_clip import _validate
+from optax_clip import _cpu, _validate
 from optax_clip._mesh import all_reduce, axis_size, is_explicit, reduction_axes, replicated
 from optax_clip._validate import AxisName, Groups, Scope
 
@@ -186,13 +186,15 @@ class Scopes(NamedTuple):
 
     def per_leaf(self, cells: Cells) -> list[Array]:
         """For each leaf the value of its scope: a scalar, or an array with reduced axes kept."""
-        found = []
-        for cell, where in self.homes:
-            if isinstance(where, tuple):
-                start, stop, shape = where
-                found.append(cells[cell][start:stop].reshape(shape))
-            else:
-                found.append(cells[cell] if where is None else cells[cell][where])
+        found: list[Any] = [cells[cell] for cell, _ in self.homes]
+        cut = [i for i, (_, where) in enumerate(self.homes) if where is not None]
+        if cut:
+            # A scope that cuts its cells has one alone.
+            wheres = [self.homes[i][1] for i in cut]
+            ends = [where[:2] if isinstance(where, tuple) else (where, where + 1) for where in wheres]
+            pieces = _cpu.pieces(tuple(ends), cells[0])
+            for i, where, piece in zip(cut, wheres, pieces, strict=True):
+                found[i] = piece.reshape(where[2] if isinstance(where, tuple) else ())
         return found
 
     def cells(self, parts: Sequence[Array], combine: Callable[[Any, Any], Any] = operator.add) -> Cells:
