@@ -1,6 +1,7 @@
 """Bounds, radii and limits as users give them: a number, an array, a tree of these, a formula."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,47 +26,93 @@ class Initial:
         return f"initial({self.kappa!r})"
 
 
-# A number, an array, a tree of these that is a prefix of the weights, or a formula (path, leaf) ->
-# number.
+Formula = Callable[[str, Any], Any]  # (path, leaf) -> number or array
+# A number, an array, a tree of these that is a prefix of the weights, or a formula.
 Setting = ArrayLike | Mapping[str, Any] | Sequence[Any] | Callable[[str, Any], ArrayLike]
 
 
-def at_least(bound: float, **named: Any) -> None:
-    """Each number of a setting is at least the bound, and not NaN."""
-    for name, x in _numbers(named):
-        _validate.at_least(bound, None, **{name: x})
+def limit(**named: Any) -> Any:
+    """A setting whose numbers are at least 0; inf is no limit."""
+    return _checked(functools.partial(_validate.limit, None), **named)
 
 
-def finite(**named: Any) -> None:
-    """Each number of a setting is finite."""
-    for name, x in _numbers(named):
-        _validate.finite(None, **{name: x})
+def finite(**named: Any) -> Any:
+    """A setting whose numbers are at least 0 and finite."""
+
+    def check(**number: Any) -> None:
+        _validate.at_least(0, None, **number)
+        _validate.finite(None, **number)
+
+    return _checked(check, **named)
 
 
-def ordered(**named: Any) -> None:
-    """The first of two settings is nowhere above the second; either may be a prefix of the other."""
-    for name, x in _numbers(named):
-        _validate.number(None, **{name: x})
+def _checked(check: Callable[..., None], **named: Any) -> Any:
+    """A setting whose numbers pass a check: at once, those of a formula when it is called."""
+    ((name, value),) = named.items()
+    if isinstance(value, Initial):
+        return value
+    if not callable(value):
+        for each, x in _numbers(name, value):
+            check(**{each: x})
+        return value
+
+    @functools.wraps(value)
+    def formula(path: str, leaf: Any) -> Any:
+        x = value(path, leaf)
+        check(**{_called(name, path): x})
+        return x
+
+    return formula
+
+
+def absolute(**named: Any) -> None:
+    """No setting is relative to the weights at init."""
+    for name, x in named.items():
+        if isinstance(x, Initial):
+            raise TypeError(f"Expected {name} to be a real number, got {name}={x!r}.")
+
+
+def ordered(**named: Any) -> Any:
+    """Two settings, the first nowhere above the second; either may be a prefix of the other."""
     (low, x), (high, y) = named.items()
-    if callable(x) or callable(y) or isinstance(x, Initial) or isinstance(y, Initial):
-        return
+    if isinstance(x, Initial) and isinstance(y, Initial):
+        _validate.ordered(**{f"{low}.kappa": x.kappa, f"{high}.kappa": y.kappa})
+    if isinstance(x, Initial) or isinstance(y, Initial):
+        return x, y
+    for (name, value), off in zip(named.items(), ("-jnp.inf", "jnp.inf"), strict=True):
+        for each, number in [] if callable(value) else _numbers(name, value):
+            _validate.number(None, off, **{each: number})
+    if callable(x) or callable(y):
+        return _below(**named), y
     for p, a in jax.tree_util.tree_leaves_with_path(x):
         for q, b in jax.tree_util.tree_leaves_with_path(y):
             if p[: len(q)] == q[: len(p)]:
                 names = low + jax.tree_util.keystr(p), high + jax.tree_util.keystr(q)
                 _validate.ordered(**dict(zip(names, (a, b), strict=True)))
+    return x, y
 
 
-def _numbers(named: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The numbers of some settings, each with its name and its path as Python writes it."""
-    found = []
-    for name, value in named.items():
-        if isinstance(value, Initial):
-            found.append((f"{name}.kappa", value.kappa))
-        elif not callable(value):
-            leaves = jax.tree_util.tree_leaves_with_path(value, is_leaf=lambda x: x is None)
-            found += [(name + jax.tree_util.keystr(path), x) for path, x in leaves] or [(name, value)]
-    return found
+def _below(**named: Any) -> Formula:
+    """The first of two settings as a formula, which is compared with the second when it is called."""
+    formulas = [_formula(name, value) for name, value in named.items()]
+
+    def formula(path: str, leaf: Any) -> Any:
+        names = [_called(name, path) if callable(x) else name for name, x in named.items()]
+        numbers = [each(path, leaf) for each in formulas]
+        _validate.ordered(**dict(zip(names, numbers, strict=True)))
+        return numbers[0]
+
+    return formula
+
+
+def _called(name: str, path: str) -> str:
+    return f"{name}({path!r}, leaf)"
+
+
+def _numbers(name: str, value: Any) -> list[tuple[str, Any]]:
+    """The numbers of a setting, each with its name and its path as Python writes it."""
+    leaves = jax.tree_util.tree_leaves_with_path(value, is_leaf=lambda x: x is None)
+    return [(name + jax.tree_util.keystr(path), x) for path, x in leaves] or [(name, value)]
 
 
 def per_leaf(
@@ -73,18 +120,20 @@ def per_leaf(
 ) -> list[Any]:
     """The value of a setting for each inexact leaf: a number, or an array that broadcasts to a shape."""
     ((name, value),) = named.items()
+    formula = _formula(name, value)
     paths = [scopes.paths[i] for i in scopes.places]
-    if callable(value):
-        found = [value(path, as_struct(x)) for path, x in zip(paths, xs, strict=True)]
-        for path, x in zip(paths, found, strict=True):
-            _validate.number(None, **{f"{name}({path!r}, leaf)": x})
-    else:
-        prefixes, numbers, _ = flatten(value)
-        table = dict(zip(prefixes, numbers, strict=True))
-        found = [_above(table, path, name) for path in paths]
+    found = [formula(path, as_struct(x)) for path, x in zip(paths, xs, strict=True)]
     for path, x, shape in zip(paths, found, shapes, strict=True):
         fits(jnp.shape(x), shape, path, name)
     return found
+
+
+def _formula(name: str, value: Any) -> Formula:
+    """A setting as a formula."""
+    prefixes, numbers, _ = flatten(value)
+    table = dict(zip(prefixes, numbers, strict=True))
+    formula: Formula = value if callable(value) else lambda path, leaf: _above(table, path, name)
+    return formula
 
 
 def _above(table: dict[str, Any], path: str, name: str) -> Any:
@@ -119,13 +168,11 @@ def per_scope(scopes: Scopes, xs: Sequence[Array], like: Cells, **named: Any) ->
             if missing:
                 raise ValueError(f"Expected {name} for each label, got none for {sorted(missing)}.")
             return [jnp.stack([_bound(by_label[label], dtype) for label in scopes.labels or ()])]
-        if (
-            callable(value)
-            or jax.tree_util.treedef_is_leaf(jax.tree.structure(value)) is False
-            or jnp.ndim(value)
-        ):
+        if callable(value) or not jax.tree_util.all_leaves([value]) or jnp.ndim(value):
+            is_array = isinstance(value, (Array, np.ndarray))
+            got = f"{name} of shape {value.shape}" if is_array else f"{name}={value!r}"
             raise ValueError(
-                f'Expected {name} to be one number with scope="global" or groups, got a tree.'
+                f'Expected {name} to be one number with scope="global" or groups, got {got}.'
             )
         return [_bound(value, dtype)]
     values = [_bound(x, dtype) for x in per_leaf(scopes, xs, scopes.shapes, **named)]

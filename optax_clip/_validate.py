@@ -30,14 +30,23 @@ def is_traced(x: object) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
-def number(_ndim: int | None = 0, **named: Any) -> None:
+def number(_ndim: int | None = 0, _off: str = "", **named: Any) -> None:
     """Each value is one real number, not NaN; any array of them with ``_ndim=None``."""
     for name, x in named.items():
-        if not _is_real(x):
-            raise TypeError(f"Expected {name} to be a real number, got {name}={x!r}.")
-        if _ndim is not None and jnp.ndim(x) != _ndim:
-            raise ValueError(f"Expected {name} to be one number, got {name} of shape {jnp.shape(x)}.")
+        _one_real(name, x, _ndim, _off)
         _require(name, x, lambda value: ~np.isnan(value), f"{name} not to be NaN")
+
+
+def measured(**named: Any) -> None:
+    """Each value is one real number >= 0, or the NaN of a bad step."""
+    for name, x in named.items():
+        _one_real(name, x, 0)
+        _require(name, x, lambda value: ~(value < 0), f"{name} >= 0")
+
+
+def off(x: Any, infinity: str = "jnp.inf") -> str:
+    """The hint for those who give None to switch a limit off."""
+    return f" To switch a clip off give {infinity}." if x is None and infinity else ""
 
 
 def real(**named: Any) -> None:
@@ -52,6 +61,12 @@ def at_least(bound: float, _ndim: int | None = 0, **named: Any) -> None:
     number(_ndim, **named)
     for name, x in named.items():
         _require(name, x, lambda value: value >= bound, f"{name} >= {bound:g}")
+
+
+def limit(_ndim: int | None = 0, **named: Any) -> None:
+    """Each value is one real number >= 0; inf is no limit."""
+    number(_ndim, "jnp.inf", **named)
+    at_least(0, _ndim, **named)
 
 
 def between(low: float, high: float, **named: Any) -> None:
@@ -85,8 +100,8 @@ def integer(minimum: int, **named: Any) -> None:
     at_least(minimum, **named)
 
 
-def ordered(_at: str = "", **named: Any) -> None:
-    """The first of two numbers, or arrays, is nowhere above the second. ``_at`` says where they are."""
+def ordered(**named: Any) -> None:
+    """The first of two numbers, or arrays, is nowhere above the second."""
     number(None, **named)
     (low, x), (high, y) = named.items()
     if is_traced(x) or is_traced(y):
@@ -95,13 +110,19 @@ def ordered(_at: str = "", **named: Any) -> None:
     if np.any(a > b):
         at = tuple(int(i) for i in np.argwhere(a > b)[0])
         got = f"{low}={x!r} and {high}={y!r}" if not at else f"{a[at]} > {b[at]} at position {at}"
-        raise ValueError(f"Expected {low} <= {high}{_at}, got {got}.")
+        raise ValueError(f"Expected {low} <= {high}, got {got}.")
 
 
 def one_of(choices: tuple[str, ...], **named: Any) -> None:
     for name, x in named.items():
         if x not in choices:
             raise ValueError(f"Expected {name} to be one of {choices}, got {name}={x!r}.")
+
+
+def method(method: Any) -> None:
+    """How singular values are found; None to choose by platform."""
+    if method not in (None, "polar", "eigh"):
+        raise ValueError(f'Expected method to be None, "polar" or "eigh", got method={method!r}.')
 
 
 def params_given(params: Any, *, of: str) -> None:
@@ -176,6 +197,13 @@ def axis_name(**named: Any) -> None:
     for name, x in named.items():
         if not all(isinstance(each, Hashable) and each is not None for each in axis_names(x)):
             raise TypeError(f"Expected {name} to be a name or a tuple of names, got {name}={x!r}.")
+
+
+def _one_real(name: str, x: Any, ndim: int | None, infinity: str = "") -> None:
+    if not _is_real(x):
+        raise TypeError(f"Expected {name} to be a real number, got {name}={x!r}.{off(x, infinity)}")
+    if ndim is not None and jnp.ndim(x) != ndim:
+        raise ValueError(f"Expected {name} to be one number, got {name} of shape {jnp.shape(x)}.")
 
 
 def _is_real(x: Any) -> bool:

@@ -80,7 +80,9 @@ def _floats_given(params: Any) -> None:
     """Integers alone pass through every set, which would read as a violation of 0."""
     leaves = jax.tree.leaves(params)
     if leaves and not any(map(is_inexact, leaves)):
-        raise TypeError(f"Expected float weights, got {jnp.asarray(leaves[0]).dtype} alone.")
+        raise TypeError(
+            f"Expected params with a float leaf, got params of {jnp.asarray(leaves[0]).dtype} alone."
+        )
 
 
 def project_weights(

@@ -1,5 +1,6 @@
 """Act on weights by a signal of the forward pass: rescale them, as QK-Clip does."""
 
+import keyword
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -51,8 +52,9 @@ def rescale_weights(
 
     Raises:
         TypeError: if ``factors`` is not callable, ``signal`` no identifier, or a factor not real.
-        ValueError: if the update is called without ``params`` or without the signal, or if a factor
-            does not broadcast to its leaf.
+        ValueError: if ``signal`` is an argument of every update, such as ``"params"``, if the update is
+            called without ``params`` or without the signal, or if a factor does not broadcast to its
+            leaf.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -68,8 +70,11 @@ def rescale_weights(
         Kimi Team, 2025, Kimi K2: Open Agentic Intelligence, https://arxiv.org/abs/2507.20534
     """
     _validate.static(signal=signal)
-    if not isinstance(signal, str) or not signal.isidentifier():
+    taken = "updates", "state", "params"
+    if not isinstance(signal, str) or not signal.isidentifier() or keyword.iskeyword(signal):
         raise TypeError(f"Expected signal to be the name of a keyword, got signal={signal!r}.")
+    if signal in taken:
+        raise ValueError(f"Expected signal to be none of {taken}, got signal={signal!r}.")
 
     def share(given: Any, seen: Any, scaled: list[_Scaled]) -> Gauges:
         del given, seen
@@ -134,7 +139,7 @@ def qk_clip(
     References:
         Kimi Team, 2025, Kimi K2: Open Agentic Intelligence (MuonClip), https://arxiv.org/abs/2507.20534
     """
-    _validate.at_least(0, max_logit=max_logit)
+    _validate.limit(max_logit=max_logit)
     _validate.axis_name(axis_name=axis_name)
 
     def everywhere(logits: Any) -> Any:
@@ -201,7 +206,9 @@ def _by_signal(
     how: _How, fields: tuple[str, ...], name: str, record: bool
 ) -> optax.GradientTransformationExtraArgs:
     if not callable(how.factors):
-        raise TypeError(f"Expected factors to be a callable (path, leaf, signal), got {how.factors!r}.")
+        raise TypeError(
+            f"Expected factors to be a callable (path, leaf, signal), got factors={how.factors!r}."
+        )
     _validate.record(record)
 
     def init(params: optax.Params) -> Any:

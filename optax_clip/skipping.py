@@ -80,7 +80,7 @@ def skip_spikes(
         OLMo Team, 2025, 2 OLMo 2 Furious, https://arxiv.org/abs/2501.00656
     """
     guarded = _guarded(inner)
-    limit, of_value = Limits.of("global", rule=rule), _value_rule(value_rule)
+    limit, of_value = Limits.of(None, rule=rule), _value_rule(value_rule)
     _validate.integer(1, max_consecutive=max_consecutive)
     _validate.axis_name(axis_name=axis_name)
     _validate.record(record)

@@ -50,8 +50,8 @@ def clip_tree(
         counts as 0, a traced NaN makes the tree NaN.
 
     Raises:
-        ValueError: for a negative or NaN limit, an unknown scope, order or policy.
-        TypeError: for a limit that is not a number.
+        ValueError: for a negative or NaN limit, a negative norm, an unknown scope, order or policy.
+        TypeError: for a limit or a norm that is not a number.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -66,7 +66,7 @@ def clip_tree(
     """
     limits = Limits.of(scope, max_norm=max_norm)
     _check(scope=scope, ord=ord, nonfinite=nonfinite, axis_name=axis_name)
-    if limits.remembers:
+    if limits.asks_for_weights or limits.remembers:
         raise TypeError(f"Expected max_norm to be a number, got max_norm={max_norm!r}.")
     if norm is not None and scope != "global":
         raise ValueError(f'Expected norm only with scope="global", got scope={scope!r}.')
@@ -185,7 +185,7 @@ def clip_by_global_norm(
     References:
         Pascanu, Mikolov, Bengio, 2013, https://arxiv.org/abs/1211.5063
     """
-    limits = Limits.of("global", max_norm=max_norm)
+    limits = Limits.of(None, max_norm=max_norm)
     return _by_norm(limits, "global", ord, nonfinite, axis_name, name, record)
 
 
@@ -237,9 +237,12 @@ def normalize_by_norm(
         Hazan, Levy, Shalev-Shwartz, 2015, https://arxiv.org/abs/1507.02030
     """
     limits = Limits.of(scope, norm=norm)
-    for number in norm.values() if isinstance(norm, Mapping) else [norm]:
-        if not callable(number) and not isinstance(number, ThresholdRule):
-            _validate.finite(norm=number)
+    each: dict[str, Any] = {"norm": norm}
+    if isinstance(norm, Mapping):
+        each = {f"norm[{k!r}]": x for k, x in norm.items()}
+    for key, x in each.items():
+        if not callable(x) and not isinstance(x, ThresholdRule):
+            _validate.finite(**{key: x})
     return _by_norm(limits, scope, ord, nonfinite, axis_name, name, record, normalize=True)
 
 
@@ -299,13 +302,11 @@ def _plan(norm: Norm, limit: Array, finite: Array, *, normalize: bool) -> _Plan:
     return _Plan((zeroed | ~finite, first, second), over & finite, after)
 
 
-def _measured_or_given(scopes: Scopes, xs: list[Array], ord: Ord, *, norm: Any) -> list[Norm]:
+def _measured_or_given(scopes: Scopes, xs: list[Array], ord: Ord, **named: Any) -> list[Norm]:
+    ((_, norm),) = named.items()
     if norm is None or not scopes.is_global:
         return measure(scopes, xs, ord)
-    if jnp.ndim(norm):
-        raise ValueError(
-            f"Expected grad_norm to be one number, got grad_norm of shape {jnp.shape(norm)}."
-        )
+    _validate.measured(**named)
     return [Norm.of(as_dtype(norm, accumulator(xs)))]
 
 
@@ -338,7 +339,7 @@ def _by_norm(
         del extra
         params = params if limits.asks_for_weights else None
         scopes, xs = Scopes.of(updates, scope, axis_name, beside=params)
-        norms = _measured_or_given(scopes, xs, ord, norm=grad_norm)
+        norms = _measured_or_given(scopes, xs, ord, grad_norm=grad_norm)
         before, finite = total(scopes, [n.value for n in norms], ord), all_finite(norms)
         bounds, memory = limits.update(Seen(scopes, norms, before, finite, params, ord), memory)
         clipped = rescale(scopes, xs, norms, bounds, finite, nonfinite=nonfinite, normalize=normalize)

@@ -74,9 +74,8 @@ def clip_singular_values(
     """
     if isinstance(threshold, ThresholdRule):
         raise TypeError(f"Expected threshold to be a number or a schedule, got threshold={threshold!r}.")
-    limits = Limits.of("global", threshold=threshold)
-    if method not in (None, "polar", "eigh"):
-        raise ValueError(f'Expected method to be None, "polar" or "eigh", got method={method!r}.')
+    limits = Limits.of(None, threshold=threshold)
+    _validate.method(method)
     _validate.one_of(("propagate", "zero"), nonfinite=nonfinite)
     _validate.record(record)
 

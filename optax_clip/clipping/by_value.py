@@ -23,11 +23,12 @@ from optax_clip._numerics import (
     widen,
 )
 from optax_clip._records import Report, increment, transform
-from optax_clip._settings import Setting
+from optax_clip._settings import Initial, Setting
 from optax_clip._trees import Scopes
 from optax_clip._validate import AxisName
 from optax_clip.clipping.by_norm import clip_report
 from optax_clip.norms import measure
+from optax_clip.thresholds.engine import ThresholdRule
 
 __all__ = ["clip_by_value"]
 
@@ -63,8 +64,8 @@ def clip_by_value(
         modulus. inf goes to the bound; NaN stays NaN and the step is counted as non-finite.
 
     Raises:
-        ValueError: for a negative or NaN limit, for ``lower > limit``, and in the update for a complex
-            leaf with ``lower``.
+        ValueError: for a NaN limit, a negative one without ``lower``, or ``lower > limit``, and in the
+            update for a complex leaf with ``lower``.
         TypeError: for a limit that is neither a number nor a schedule.
 
     Examples:
@@ -80,13 +81,15 @@ def clip_by_value(
     """
     _validate.axis_name(axis_name=axis_name)
     _validate.record(record)
+    _check_kind(limit)
     scheduled = callable(limit)
     if scheduled and lower is not None:
         raise TypeError(f"Expected a number as limit beside lower, got limit={limit!r}.")
     if lower is not None:
-        _settings.ordered(lower=lower, limit=limit)
+        _settings.absolute(lower=lower)
+        lower, limit = _settings.ordered(lower=lower, limit=limit)
     elif not scheduled:
-        _check_limit(limit)
+        limit = _settings.limit(limit=limit)
 
     def init(params: optax.Params) -> Any:
         del params
@@ -117,13 +120,13 @@ def clip_by_value(
     return transform(name, ("norms", "counts"), init, step, record=record, remembers=scheduled)
 
 
-def _check_limit(limit: Any) -> None:
-    if limit is None or isinstance(limit, str):
-        off = " To switch a clip off give jnp.inf." if limit is None else ""
+def _check_kind(limit: Any) -> None:
+    if limit is None or isinstance(limit, (str, Initial, ThresholdRule)):
+        rules = " Rules go to clip_by_norm." if isinstance(limit, ThresholdRule) else ""
         raise TypeError(
-            f"Expected limit to be a number, a tree of numbers or a schedule, got limit={limit!r}.{off}"
+            f"Expected limit to be a number, a tree of numbers or a schedule, got limit={limit!r}."
+            f"{_validate.off(limit)}{rules}"
         )
-    _settings.at_least(0, limit=limit)
 
 
 def _follow(schedule: optax.Schedule, memory: Any) -> tuple[Any, Any]:
@@ -135,8 +138,12 @@ def _follow(schedule: optax.Schedule, memory: Any) -> tuple[Any, Any]:
 
 def _limits(scopes: Scopes, xs: Sequence[Array], lower: Any, high: Any) -> list[tuple[Array, Array]]:
     """Both bounds of each leaf, as they were given."""
-    if lower is not None and any(jnp.iscomplexobj(x) for x in xs):
-        raise ValueError(f"Expected no complex leaf beside lower, got lower={lower!r}.")
+    for i, x in zip(scopes.places, xs, strict=True):
+        if lower is not None and jnp.iscomplexobj(x):
+            raise ValueError(
+                f"Expected no complex leaf beside lower, got {x.dtype} at {scopes.paths[i]!r} and "
+                f"lower={lower!r}."
+            )
     dtype, shapes = accumulator(xs), [x.shape for x in xs]
     highs = [as_dtype(top, dtype) for top in _settings.per_leaf(scopes, xs, shapes, limit=high)]
     if lower is None:

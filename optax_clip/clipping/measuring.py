@@ -68,8 +68,11 @@ def record_norms(
     _validate.order(ord)
     _validate.axis_name(axis_name=axis_name)
     _validate.record(record)
-    if tuple(of) not in (("updates",), ("params",), ("updates", "params"), ("params", "updates")):
-        raise ValueError(f'Expected of to name "updates", "params" or both, got of={of!r}.')
+    known = ("updates",), ("params",), ("updates", "params"), ("params", "updates")
+    if tuple(of) not in known:
+        raise ValueError(
+            f'Expected of to be a tuple of "updates" and "params", such as ("params",), got of={of!r}.'
+        )
     if not isinstance(scope, Groups) and scope not in ("leaf", "global"):
         raise ValueError(f'Expected scope to be "leaf", "global" or groups(label), got scope={scope!r}.')
     field = of[0] if len(of) == 1 else "ratios"

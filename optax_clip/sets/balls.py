@@ -81,7 +81,7 @@ def norm_ball(
         https://jmlr.org/papers/v15/srivastava14a.html; for order 1 Michelot, 1986,
         https://doi.org/10.1007/BF00938486, and Condat, 2016, https://doi.org/10.1007/s10107-015-0946-6
     """
-    _settings.at_least(0, radius=radius)
+    radius = _settings.limit(radius=radius)
     _validate.scope(scope)
     _validate.axis_name(axis_name=axis_name)
     _validate.static(ord=ord)
@@ -128,8 +128,7 @@ def norm_sphere(
     References:
         Salimans, Kingma, 2016, https://arxiv.org/abs/1602.07868
     """
-    _settings.at_least(0, radius=radius)
-    _settings.finite(radius=radius)
+    radius = _settings.finite(radius=radius)
     _validate.scope(scope)
     _validate.axis_name(axis_name=axis_name)
     bounds = NormBounds(scope, axis_name, None, {"radius": radius})
@@ -175,9 +174,8 @@ def norm_shell(
     References:
         Keras, ``MinMaxNorm``, https://keras.io/api/layers/constraints
     """
-    _settings.at_least(0, lower=lower, upper=upper)
-    _settings.finite(lower=lower)
-    _settings.ordered(lower=lower, upper=upper)
+    lower, upper = _settings.finite(lower=lower), _settings.limit(upper=upper)
+    lower, upper = _settings.ordered(lower=lower, upper=upper)
     _validate.scope(scope)
     _validate.axis_name(axis_name=axis_name)
     bounds = NormBounds(scope, axis_name, None, {"lower": lower, "upper": upper})

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.typing import ArrayLike
@@ -50,8 +51,9 @@ def box(lower: Setting, upper: Setting, *, axis_name: AxisName = None) -> Constr
         finite. NaN stays NaN.
 
     Raises:
-        ValueError: if ``lower > upper`` anywhere or a bound is NaN; for a complex leaf, where a tree is
-            not a prefix of the weights or an array does not broadcast to its leaf.
+        ValueError: if ``lower > upper`` anywhere or a bound is NaN; for a complex leaf, where no number
+            of its dtype is between the bounds of a leaf, a tree is not a prefix of the weights or an
+            array does not broadcast to its leaf.
         TypeError: if a bound is not a number.
 
     Examples:
@@ -65,7 +67,8 @@ def box(lower: Setting, upper: Setting, *, axis_name: AxisName = None) -> Constr
     References:
         Arjovsky, Chintala, Bottou, 2017, https://arxiv.org/abs/1701.07875
     """
-    _settings.ordered(lower=lower, upper=upper)
+    _settings.absolute(lower=lower, upper=upper)
+    lower, upper = _settings.ordered(lower=lower, upper=upper)
     _validate.axis_name(axis_name=axis_name)
 
     def bounds(params: optax.Params, memory: Any = ()) -> Bounded:
@@ -75,6 +78,8 @@ def box(lower: Setting, upper: Setting, *, axis_name: AxisName = None) -> Constr
         shapes = [x.shape for x in xs]
         lows = _settings.per_leaf(scopes, xs, shapes, lower=lower)
         highs = _settings.per_leaf(scopes, xs, shapes, upper=upper)
+        for i, x, low, high in zip(scopes.places, xs, lows, highs, strict=True):
+            _require_room(scopes.paths[i], x.dtype, low, high)
         return Bounded(scopes, xs, [_inwards(*each) for each in zip(xs, lows, highs, strict=True)])
 
     return _entrywise(bounds, axis_name)
@@ -210,6 +215,22 @@ def _entrywise(bounds: Callable[..., Bounded], axis_name: AxisName) -> Constrain
 def _inwards(x: Array, low: Any, high: Any) -> tuple[Array, Array]:
     low, high = round_up(precise(low), x.dtype), round_down(precise(high), x.dtype)
     return aligned(jnp.asarray(low), x.ndim), aligned(jnp.asarray(high), x.ndim)
+
+
+def _require_room(path: str, dtype: Any, lower: Any, upper: Any) -> None:
+    """Some number of the dtype is between both bounds of a leaf, entry by entry."""
+    if _validate.is_traced(lower) or _validate.is_traced(upper):
+        return
+    low, high = (np.asarray(x).astype(np.float64) for x in (lower, upper))
+    crossed = np.argwhere(round_up(low, dtype) > round_down(high, dtype))
+    if len(crossed):
+        at = tuple(int(i) for i in crossed[0])
+        low, high = (x[at] for x in np.broadcast_arrays(low, high))
+        where = f" at position {at}" if at else ""
+        raise ValueError(
+            f"Expected a number of dtype {dtype} between lower and upper for leaf {path!r}{where}, got "
+            f"lower={low} and upper={high}."
+        )
 
 
 def _largest(x: Any) -> Array:

@@ -23,7 +23,7 @@ __all__ = ["Constraint", "initial"]
 
 
 # Optax calls a set there as if it were a schedule.
-STATIC = " Under optax.inject_hyperparams pass static_args=('constraint',)."
+STATIC = " If this came from optax.inject_hyperparams, pass static_args=('constraint',)."
 
 
 class Move(NamedTuple):
@@ -167,8 +167,8 @@ def no_start(name: str, value: Any) -> Callable[[optax.Params], Any]:
     def raises(params: optax.Params) -> Any:
         del params
         raise ValueError(
-            f"Expected a set relative to the start inside project_weights, whose state holds it; "
-            f"project and violation know of no start. Got {name}={value!r}.{STATIC}"
+            "Expected a set relative to the start inside project_weights, whose state holds it, as "
+            f"project and violation know of none, got {name}={value!r}.{STATIC}"
         )
 
     return raises

@@ -20,7 +20,7 @@ from optax_clip._numerics import (
     straight_through,
     widen,
 )
-from optax_clip._settings import Initial, Setting
+from optax_clip._settings import Setting
 from optax_clip._trees import Cells, Scopes
 from optax_clip._validate import AxisName, Scope
 from optax_clip._values import value_object
@@ -66,10 +66,8 @@ def simplex(total: Setting = 1.0, *, scope: Scope = "leaf", axis_name: AxisName 
         Michelot, 1986, https://doi.org/10.1007/BF00938486; Condat, 2016,
         https://doi.org/10.1007/s10107-015-0946-6
     """
-    if isinstance(total, Initial):
-        raise TypeError(f"Expected total to be a real number, got total={total!r}.")
-    _settings.at_least(0, total=total)
-    _settings.finite(total=total)
+    _settings.absolute(total=total)
+    total = _settings.finite(total=total)
     _validate.scope(scope)
     _validate.axis_name(axis_name=axis_name)
 

@@ -89,13 +89,12 @@ def spectral_ball(
         https://arxiv.org/abs/1802.05957; the polynomials: Amsel, Persson, Musco, Gower, 2025,
         https://arxiv.org/abs/2505.16932
     """
-    _settings.at_least(0, radius=radius)
+    radius = _settings.limit(radius=radius)
     if not isinstance(flatten, bool):
         raise TypeError(f"Expected flatten to be True or False, got flatten={flatten!r}.")
     if axis_name not in (None, ()):
         raise ValueError(f"Expected axis_name to be None or (), got axis_name={axis_name!r}.")
-    if method not in (None, "polar", "eigh"):
-        raise ValueError(f'Expected method to be None, "polar" or "eigh", got method={method!r}.')
+    _validate.method(method)
     if method is not None and power_iterations is not None:
         raise ValueError(
             "Expected a method or power_iterations, not both, got "

@@ -81,19 +81,21 @@ class Limits(NamedTuple):
 
     rules: tuple[ThresholdRule, ...]
     labels: tuple[str, ...] | None = None
+    name: str = "threshold"
 
     @classmethod
     def of(cls, scope: Any, **named: Any) -> "Limits":
-        """From a number, schedule or rule, or with groups a dict of these."""
+        """From a number, schedule or rule, or with groups a dict of these; no dict if scope is None."""
         ((name, threshold),) = named.items()
-        if not isinstance(threshold, Mapping):
+        if scope is None or not isinstance(threshold, Mapping):
             return cls((as_rule(**named),))
         if not isinstance(scope, Groups):
             raise ValueError(
                 f"Expected {name} to be a dict only with scope=groups(label), got {name}={threshold!r}."
             )
         each = sorted(threshold.items())
-        return cls(tuple(as_rule(**{f"{name}[{k!r}]": x}) for k, x in each), tuple(k for k, _ in each))
+        rules = tuple(as_rule(**{f"{name}[{k!r}]": x}) for k, x in each)
+        return cls(rules, tuple(k for k, _ in each), name)
 
     @property
     def remembers(self) -> bool:
@@ -106,6 +108,7 @@ class Limits(NamedTuple):
     def init(self, params: Any, scope: Any) -> Any:
         """The memory: one vector over all scopes, one number a label, on the devices of the weights."""
         scopes, xs = Scopes.of(params, scope, axis_name=())
+        self._require_each(scopes.labels)
         norms = jnp.zeros(scopes.memory if self.labels is None else (), accumulator(xs))
         return place_like([rule.init(norms) for rule in self.rules if _remembers(rule)], params)
 
@@ -132,9 +135,7 @@ class Limits(NamedTuple):
         return _in_dtypes_of([n.root for n in seen.norms], seen.scopes.split(limits, norms)), [state]
 
     def _one_a_label(self, seen: Seen, states: list[Any]) -> tuple[Cells, list[Any]]:
-        missing = set(seen.scopes.labels or ()) - set(self.labels or ())
-        if missing:
-            raise ValueError(f"Expected a threshold for each label, got none for {sorted(missing)}.")
+        self._require_each(seen.scopes.labels)
         (norms,), total = _told(seen, states)
         params = _param_norms(seen, [norms])
         found: dict[str, Array] = {}
@@ -148,6 +149,11 @@ class Limits(NamedTuple):
         dtype = seen.norms[0].root.dtype
         return [jnp.stack([found[label].astype(dtype) for label in seen.scopes.labels or ()])], new
 
+    def _require_each(self, labels: Sequence[str] | None) -> None:
+        missing = set() if self.labels is None else set(labels or ()) - set(self.labels)
+        if missing:
+            raise ValueError(f"Expected {self.name} for each label, got none for {sorted(missing)}.")
+
 
 def as_rule(**named: Any) -> ThresholdRule:
     """A number, a 0-d array or a schedule ``step -> number`` as a rule; a rule as it is."""
@@ -156,11 +162,10 @@ def as_rule(**named: Any) -> ThresholdRule:
         if not callable(threshold.init) or not callable(threshold.update):
             raise TypeError(f"Expected {name} to have init and update, got {name}={threshold!r}.")
         return threshold
-    if threshold is None or isinstance(threshold, (str, tuple)):
-        off = " To switch a clip off give jnp.inf." if threshold is None else ""
+    if threshold is None or isinstance(threshold, (str, tuple, Mapping)):
         raise TypeError(
             f"Expected {name} to be a number, a schedule or a ThresholdRule, got {name}={threshold!r}."
-            + off
+            + _validate.off(threshold)
         )
     if callable(threshold):
 

@@ -48,7 +48,8 @@ def relative_to_params(ratio: ArrayLike, *, eps: ArrayLike = 1e-3) -> ThresholdR
     References:
         Brock, De, Smith, Simonyan, 2021, https://arxiv.org/abs/2102.06171
     """
-    _validate.at_least(0, ratio=ratio, eps=eps)
+    _validate.limit(ratio=ratio)
+    _validate.at_least(0, eps=eps)
 
     def update(
         norms: Array, state: Memory, param_norms: Array | None, total: Array
@@ -195,7 +196,7 @@ def zscore(
     References:
         Kumar, Owen, Roy Chowdhury, Güra, 2025, https://arxiv.org/abs/2504.02507
     """
-    _validate.at_least(0, z=z)
+    _validate.limit(z=z)
     _validate.in_unit_interval(decay=decay)
     _validate.integer(0, warmup=warmup)
     _validate.integer(1, rearm=rearm)
@@ -280,7 +281,7 @@ def ema_ratio(
     References:
         Wang, Liu, Xu, Chen, Zhu, Hong, Xu, Zhang, Shi, Ma, Wu, 2025, https://arxiv.org/abs/2502.11034
     """
-    _validate.at_least(0, ratio=ratio, max_norm=max_norm)
+    _validate.limit(ratio=ratio, max_norm=max_norm)
     _validate.in_unit_interval(decay=decay)
     _validate.integer(0, warmup=warmup)
     if rearm is not None:

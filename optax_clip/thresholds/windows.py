@@ -141,7 +141,7 @@ def window_zscore(z: ArrayLike, *, window: int = 128) -> ThresholdRule:
     References:
         OLMo Team, 2025, 2 OLMo 2 Furious, https://arxiv.org/abs/2501.00656
     """
-    _validate.at_least(0, z=z)
+    _validate.limit(z=z)
     _validate.static(window=window)
     _validate.integer(2, window=window)
 
