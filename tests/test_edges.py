@@ -241,6 +241,39 @@ def test_bounds_that_are_wrong_name_path_and_position(make, message):
         make()
 
 
+@pytest.mark.parametrize(
+    "dtype, lower, upper, got",
+    [
+        ("float32", 0.1, 0.1, "for leaf 'a', got lower=0.1 and upper=0.1."),
+        ("bfloat16", 1.001, 1.002, "for leaf 'a', got lower=1.001 and upper=1.002."),
+        ("float8_e4m3fn", 0.1, 0.1, "for leaf 'a', got lower=0.1 and upper=0.1."),
+        (
+            "float32",
+            np.array([0.0, 0.1]),
+            np.array([1.0, 0.1]),
+            "for leaf 'a' at position (1,), got lower=0.1 and upper=0.1.",
+        ),
+    ],
+)
+@pytest.mark.parametrize("jit", [False, True])
+def test_boxes_without_a_number_of_the_dtype(dtype, lower, upper, got, jit):
+    """0.1 is no number of any binary dtype; the two of bfloat16 next to 1 are 1 and 1.0078125."""
+    call = jax.jit(project, static_argnums=1) if jit else project
+    with pytest.raises(ValueError) as error:
+        call({"a": jnp.ones(2, dtype)}, box(lower, upper))
+    assert str(error.value) == f"Expected a number of dtype {dtype} between lower and upper {got}"
+
+
+@pytest.mark.parametrize(
+    "lower, upper, landed",
+    [(0.5, 0.5, 0.5), (0.0, -0.0, 0.0), (-0.0, 0.0, 0.0), (jnp.float32(0.1),) * 2 + (np.float32(0.1),)],
+)
+def test_boxes_of_one_number(lower, upper, landed):
+    x = jnp.array([-3.0, 0.25, 7.0])
+    np.testing.assert_array_equal(project(x, box(lower, upper)), np.full(3, landed, np.float32))
+    np.testing.assert_array_equal(violation(project(x, box(lower, upper)), box(lower, upper)), 0)
+
+
 def test_one_ratio_of_agc_is_one_number():
     with pytest.raises((TypeError, ValueError), match="ratio"):
         adaptive_grad_clip(jnp.ones(2))

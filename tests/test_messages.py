@@ -1,5 +1,6 @@
 """Mistakes that are easily made: what the message says, and which of them used to pass in silence."""
 
+import math
 import warnings
 
 import jax
@@ -8,11 +9,14 @@ import optax
 import pytest
 
 from optax_clip import (
+    adagc,
     adaptive_grad_clip,
     box,
     clip_by_global_norm,
     clip_by_norm,
     clip_by_value,
+    clip_tree,
+    groups,
     init_box,
     mask_outward,
     metrics,
@@ -24,6 +28,7 @@ from optax_clip import (
     project_weights,
     record_norms,
     relative_to_params,
+    rescale_weights,
     simplex,
     skip_spikes,
     spectral_ball,
@@ -141,6 +146,63 @@ def test_a_given_norm_is_one_number():
         update(clip_by_global_norm(1.0), grad_norm=jnp.ones(3))
 
 
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (
+            lambda: clip_by_value(zscore(2.0)),
+            r"got limit=zscore\(2\.0\)\. Rules go to clip_by_norm\.",
+        ),
+        (
+            lambda: clip_by_value(None, lower=-1.0),
+            r"got limit=None\. To switch a clip off give jnp\.inf",
+        ),
+        (lambda: adagc(max_norm=None), r"got max_norm=None\. To switch a clip off give jnp\.inf\."),
+        (lambda: norm_ball({"a": None}), r"got radius\['a'\]=None\. To switch .* jnp\.inf\."),
+        (lambda: box(None, 1.0), r"got lower=None\. To switch .* -jnp\.inf\."),
+        (lambda: box(0.0, None), r"got upper=None\. To switch .* give jnp\.inf\."),
+        (lambda: norm_sphere(None), r"got radius=None\.$"),
+        (lambda: adaptive_grad_clip(eps=None), r"got eps=None\.$"),
+        (lambda: clip_by_global_norm({"a": 1.0}), r"or a ThresholdRule, got max_norm=\{'a': 1\.0\}\.$"),
+        (lambda: skip_spikes(optax.sgd(1.0), {"a": 1.0}), r"ThresholdRule, got rule=\{'a': 1\.0\}\.$"),
+        (lambda: rescale_weights(3.0, signal="peak"), r"got factors=3\.0\."),
+        (lambda: update(clip_by_global_norm(1.0), grad_norm="a"), r"real number, got grad_norm='a'\."),
+        (lambda: clip_tree(G, 1.0, norm="x"), r"Expected norm to be a real number, got norm='x'\."),
+        (lambda: clip_tree(G, relative_to_params(0.1)), r"got max_norm=relative_to_params\(0\.1\)\."),
+    ],
+)
+def test_what_is_of_another_type(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: record_norms(of="params"), r"a tuple .*such as \(\"params\",\), got of='params'"),
+        (
+            lambda: normalize_by_norm({"a": math.inf}, scope=groups(lambda path, leaf: path)),
+            r"Expected norm\['a'\] to be finite, got norm\['a'\]=inf\.",
+        ),
+        (lambda: project(G, init_box(1.0)), r"got kappa=1\.0\. If this came from optax\.inject"),
+        (
+            lambda: update(clip_by_value(1.0, lower=0.0), grads={"a": G["a"], "b": jnp.array([1j])}),
+            r"got complex64 at 'b' and lower=0\.0\.",
+        ),
+        (lambda: clip_tree(G, 1.0, norm=jnp.ones(2)), r"got norm of shape \(2,\)"),
+        (
+            lambda: project(G, norm_ball(jnp.ones(2), scope="global")),
+            r'one number with scope="global" or groups, got radius of shape \(2,\)\.',
+        ),
+        (lambda: project(G, norm_ball(len, scope="global")), r"got radius=<function len"),
+        (lambda: project(G, norm_ball({"a": 1.0}, scope="global")), r"got radius=\{'a': 1\.0\}\."),
+    ],
+)
+def test_values_that_do_not_fit(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 @pytest.mark.parametrize("constraint", SETS, ids=lambda c: repr(c))
 def test_sets_under_inject_hyperparams(constraint):
     with pytest.raises((TypeError, ValueError), match=r"static_args=\('constraint',\)"):
@@ -170,7 +232,7 @@ def test_a_mask_that_picks_nothing_warns_once():
 
 @pytest.mark.parametrize("constraint", SETS[:-1], ids=lambda c: repr(c))
 def test_violation_of_integers(constraint):
-    with pytest.raises(TypeError, match="Expected float weights, got int32"):
+    with pytest.raises(TypeError, match="Expected params with a float leaf, got params of int32"):
         violation(jnp.array([5, 7]), constraint)
     assert float(violation({"step": jnp.arange(3), "w": jnp.array([[0.0, 1.0]])}, constraint)) == 0
     assert float(violation({}, constraint)) == 0

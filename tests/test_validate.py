@@ -17,18 +17,31 @@ from optax_clip import (
     adagc,
     adaptive_grad_clip,
     autoclip,
+    box,
     clip_by_global_norm,
     clip_by_norm,
     clip_by_update_rms,
     clip_by_value,
+    clip_singular_values,
     clip_tree,
     ema_ratio,
     global_norm,
+    groups,
+    init_box,
+    initial,
+    norm_ball,
+    norm_shell,
+    norm_sphere,
     normalize_by_norm,
+    project,
     relative_to_params,
+    rescale_weights,
     running_quantile,
+    simplex,
     skip_spikes,
+    spectral_ball,
     tree_norms,
+    violation,
     window_quantile,
     zclip,
     zscore,
@@ -144,6 +157,21 @@ def test_complex_beside_a_lower_bound():
         tx.update(jnp.array([1j]), tx.init(jnp.array([1j])))
 
 
+@pytest.mark.parametrize("value", [-5.0, np.float32(-5), jnp.float32(-5), -math.inf])
+def test_a_given_norm_is_not_negative(value):
+    with pytest.raises(ValueError, match=r"Expected norm >= 0, got norm="):
+        clip_tree(TREE, 1.0, norm=value)
+    tx = clip_by_global_norm(1.0)
+    with pytest.raises(ValueError, match=r"Expected grad_norm >= 0, got grad_norm="):
+        tx.update(TREE, tx.init(TREE), grad_norm=value)
+
+
+@pytest.mark.parametrize("value", [math.nan, jnp.float32(math.nan)])
+def test_a_given_norm_of_a_bad_step(value):
+    clipped, norm = clip_tree(TREE, 1.0, norm=value, nonfinite="zero")
+    assert math.isnan(float(norm)) and not np.any(clipped["w"])
+
+
 def test_a_given_norm_is_that_of_the_whole_tree():
     with pytest.raises(ValueError, match=r"norm.*scope='leaf'"):
         clip_tree(TREE, 1.0, scope="leaf", norm=5.0)
@@ -168,6 +196,110 @@ def test_a_rule_that_is_none(factory, name, functions):
     with pytest.raises(TypeError, match=f"{name}=ThresholdRule") as error:
         factory(ThresholdRule(*functions))
     assert repr(functions[0]) in str(error.value)
+
+
+def test_a_label_without_a_limit():
+    """It raises where the tree is first seen, and by the name of the argument."""
+    tx = normalize_by_norm({"w": 1.0}, scope=groups(lambda path, leaf: path))
+    with pytest.raises(ValueError, match=r"Expected norm for each label, got none for \['b'\]"):
+        tx.init(TREE)
+    state = tx.init({"w": TREE["w"]})
+    with pytest.raises(ValueError, match=r"Expected norm for each label, got none for \['b'\]"):
+        tx.update(TREE, state)
+
+
+@pytest.mark.parametrize(
+    "signal, error",
+    [
+        ("params", ValueError),
+        ("updates", ValueError),
+        ("state", ValueError),
+        ("class", TypeError),
+        ("None", TypeError),
+        ("1st", TypeError),
+    ],
+)
+def test_signals(signal, error):
+    with pytest.raises(error, match=f"signal='{signal}'"):
+        rescale_weights(lambda path, leaf, peak: 1.0, signal=signal)
+
+
+@pytest.mark.parametrize("factory", [spectral_ball, functools.partial(clip_singular_values, 1.0)])
+def test_methods(factory):
+    with pytest.raises(ValueError, match=r"Expected method to be .*, got method='qr'"):
+        factory(method="qr")
+
+
+# --- Bounds that are formulas, or relative to the start -------------------------------------------
+
+
+def always(number):
+    return lambda path, leaf: number
+
+
+@pytest.mark.parametrize(
+    "constraint, message",
+    [
+        (norm_ball(always(-1.0)), r"radius\('w', leaf\) >= 0, got radius\('w', leaf\)=-1\.0"),
+        (norm_ball(always(-1.0), ord=1), r"radius\('w', leaf\)=-1\.0"),
+        (norm_ball(always(-1.0), ord=math.inf), r"radius\('w', leaf\)=-1\.0"),
+        (
+            norm_ball(always(np.array([1.0, -1.0])), scope="unit"),
+            r"radius\('w', leaf\) .*position \(1,\)",
+        ),
+        (simplex(always(-1.0)), r"total\('w', leaf\)=-1\.0"),
+        (simplex(always(math.inf)), r"total\('w', leaf\)=inf"),
+        (spectral_ball(always(-1.0)), r"radius\('w', leaf\)=-1\.0"),
+        (norm_sphere(always(math.inf)), r"radius\('w', leaf\)=inf"),
+        (norm_shell(always(math.inf), math.inf), r"lower\('w', leaf\)=inf"),
+        (norm_shell(1.0, always(-1.0)), r"upper\('w', leaf\)=-1\.0"),
+        (norm_shell(always(3.0), always(1.0)), r"lower\('w', leaf\)=3\.0 and upper\('w', leaf\)=1\.0"),
+        (norm_shell(always(3.0), {"w": 1.0}), r"lower\('w', leaf\)=3\.0 and upper=1\.0"),
+        (norm_shell({"w": 3.0}, always(1.0)), r"lower=3\.0 and upper\('w', leaf\)=1\.0"),
+        (box(1.0, always(-1.0)), r"lower=1\.0 and upper\('w', leaf\)=-1\.0"),
+        (box(always(math.nan), 1.0), r"lower\('w', leaf\)=nan"),
+        (box(0.0, always(math.nan)), r"upper\('w', leaf\)=nan"),
+    ],
+    ids=str,
+)
+def test_numbers_of_formulas(constraint, message):
+    tree = {"w": jnp.ones((3, 2))}
+    with pytest.raises(ValueError, match=message):
+        project(tree, constraint)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda x: violation(x, constraint), tree)
+
+
+def test_traced_numbers_of_formulas_pass():
+    """A negative radius counts as 0."""
+    shrink = jax.jit(lambda x, r: project(x, norm_ball(always(r))))
+    assert not np.any(shrink(jnp.ones(3), -1.0))
+    cross = jax.jit(lambda x, low, high: project(x, box(always(low), always(high))))
+    assert np.all(np.isfinite(cross(jnp.ones(3), 2.0, 1.0)))
+
+
+def test_bounds_relative_to_the_start_that_cross():
+    with pytest.raises(ValueError, match=r"lower\.kappa=3\.0 and upper\.kappa=1\.0"):
+        norm_shell(initial(3.0), initial(1.0))
+    norm_shell(initial(1.0), initial(1.0))
+    norm_shell(initial(3.0), 1.0)
+
+
+@pytest.mark.parametrize(
+    "make, name",
+    [
+        (lambda x: box(-1.0, x), "upper"),
+        (lambda x: box(x, 1.0), "lower"),
+        (lambda x: simplex(x), "total"),
+        (lambda x: clip_by_value(x), "limit"),
+        (lambda x: clip_by_value(x, lower=0.0), "limit"),
+        (lambda x: clip_by_value(1.0, lower=x), "lower"),
+        (lambda x: init_box(x), "kappa"),
+    ],
+)
+def test_what_may_not_be_relative_to_the_start(make, name):
+    with pytest.raises(TypeError, match=rf"{name}=initial\(2\.0\)"):
+        make(initial(2.0))
 
 
 # --- Rules and named algorithms -------------------------------------------------------------------

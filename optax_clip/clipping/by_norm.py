@@ -237,12 +237,10 @@ def normalize_by_norm(
         Hazan, Levy, Shalev-Shwartz, 2015, https://arxiv.org/abs/1507.02030
     """
     limits = Limits.of(scope, norm=norm)
-    each: dict[str, Any] = {"norm": norm}
-    if isinstance(norm, Mapping):
-        each = {f"norm[{k!r}]": x for k, x in norm.items()}
+    each = {f"norm[{k!r}]": x for k, x in norm.items()} if isinstance(norm, Mapping) else {"norm": norm}
     for key, x in each.items():
         if not callable(x) and not isinstance(x, ThresholdRule):
-            _validate.finite(**{key: x})
+            _validate.finite(0, **{key: x})
     return _by_norm(limits, scope, ord, nonfinite, axis_name, name, record, normalize=True)
 
 
