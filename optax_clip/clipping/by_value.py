@@ -26,7 +26,7 @@ from optax_clip._records import Report, increment, transform
 from optax_clip._settings import Setting
 from optax_clip._trees import Scopes
 from optax_clip._validate import AxisName
-from optax_clip.clipping.by_norm import clip_report
+from optax_clip.clipping._reports import clip_report
 from optax_clip.norms import measure
 
 __all__ = ["clip_by_value"]
