@@ -80,6 +80,18 @@ def cond(pred: Any, true_fun: Callable[[], T], false_fun: Callable[[], T]) -> T:
     return true_fun() if pred else false_fun()
 
 
+@jax.custom_batching.custom_vmap
+def for_all(flag: Array) -> Array:
+    """Is it true for all that `jax.vmap` maps over? Of a branch on it one way is taken, else both."""
+    return flag
+
+
+@for_all.def_vmap
+def _(size: int, batched: list[bool], flag: Array) -> tuple[Array, bool]:
+    del size, batched
+    return for_all(jnp.all(flag, axis=0)), False
+
+
 def apart(*parts: Array) -> tuple[Array, ...]:
     """The same arrays, for one sum over them.
 
@@ -115,7 +127,7 @@ def sums_in_range(powers: Any, parts: list[tuple[Array, ...]]) -> tuple[list[Arr
         return powers.sum([scale(powers.wide(*part), k) for *part, k in separate]), scales
 
     everywhere = all_devices_agree(functools.reduce(operator.and_, trusted, jnp.array(True)))
-    return cond(everywhere, lambda: (plain, ones), again)
+    return cond(for_all(lax.stop_gradient(everywhere)), lambda: (plain, ones), again)
 
 
 def selected(_: None, xs: list[Array], flags: list[Array], ys: list[Array]) -> list[Array]:

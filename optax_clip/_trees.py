@@ -187,14 +187,14 @@ class Scopes(NamedTuple):
     def per_leaf(self, cells: Cells) -> list[Array]:
         """For each leaf the value of its scope: a scalar, or an array with reduced axes kept."""
         found: list[Any] = [cells[cell] for cell, _ in self.homes]
-        cut = [i for i, (_, where) in enumerate(self.homes) if where is not None]
-        if cut:
-            # A scope that cuts its cells has one alone.
-            wheres = [self.homes[i][1] for i in cut]
-            ends = [where[:2] if isinstance(where, tuple) else (where, where + 1) for where in wheres]
-            pieces = _cpu.pieces(tuple(ends), cells[0])
-            for i, where, piece in zip(cut, wheres, pieces, strict=True):
-                found[i] = piece.reshape(where[2] if isinstance(where, tuple) else ())
+        cut = [(i, where) for i, (_, where) in enumerate(self.homes) if where is not None]
+        if not cut:
+            return found
+        # A scope that cuts its cells has one alone.
+        ends = [(where, where + 1, ()) if isinstance(where, int) else where for _, where in cut]
+        pieces = _cpu.pieces(tuple((start, stop) for start, stop, _ in ends), cells[0])
+        for (i, _), (*_, shape), piece in zip(cut, ends, pieces, strict=True):
+            found[i] = piece.reshape(shape)
         return found
 
     def cells(self, parts: Sequence[Array], combine: Callable[[Any, Any], Any] = operator.add) -> Cells:

@@ -233,12 +233,12 @@ def _measured_then_landed(how: _How, ps: list[Array], us: list[Array], memory: A
     gaps, marks = ([_outside(*each[:6]) for each in parts] for parts in (own, again))
     squares = [jnp.sum(gap * gap) for gap in gaps]
     counts = [jnp.sum(_cpu.indicator(gap, *each[6:])) for gap, each in zip(marks, again, strict=True)]
-    broken = functools.reduce(jnp.logical_or, map(jnp.isnan, counts), jnp.array(False))
+    whole = functools.reduce(jnp.logical_and, (x == x for x in counts), jnp.array(True))
 
     def exactly() -> list[Array]:
         return [jnp.sum(~(_outside(p, u, *each) <= 0), dtype=accumulator([p])) for p, u, each in rows]
 
-    counts = _cpu.cond(broken, exactly, lambda: counts)
+    counts = _cpu.cond(_cpu.for_all(whole), lambda: counts, exactly)
     each = map(lax.optimization_barrier, zip(us, squares, counts, strict=True))
     us, squares, counts = map(list, zip(*each, strict=True)) if us else ([], [], [])
     new, memory, _ = _landed(how._replace(record=False), ps, us, memory)

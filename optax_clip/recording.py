@@ -53,17 +53,26 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
     records: dict[Any, dict[str, dict[str, jax.Array]]] = {}
     for path, packed in jax.tree_util.tree_leaves_with_path(opt_state):
         keys = [str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", "")))) for k in path]
-        if "recorded" in keys:
-            at = keys.index("recorded")
+        # A field of that name; in a state that was turned into dicts, a key.
+        places = [i for i, k in enumerate(path) if str(k) == ".recorded"]
+        places += [i for i, key in enumerate(keys) if key == "recorded"]
+        if places:
+            at = places[0]
             owner = records.setdefault(tuple(path[:at]), {})
             for name, key, value in _unpacked(keys[at + 1 :], packed):
                 owner.setdefault(name, {})[key] = value
-    names = [name for record in records.values() for name in record]
+    given = {name for record in records.values() for name in record}
     taken: set[str] = set()
     found: dict[str, jax.Array] = {}
     for record in records.values():
         for name, values in record.items():
-            free = _free(name, taken, {*names})
+            numbered = (f"{name}_{n}" for n in itertools.count(1))
+            free = next(
+                each
+                for each in itertools.chain([name], numbered)
+                if each not in (taken if each == name else taken | given)
+                and not any(f"{each}/{key}" in found for key in values)
+            )
             taken.add(free)
             counters_last = sorted(values, key=lambda key: key.rsplit("/", 1)[-1].startswith("steps"))
             found |= {f"{free}/{key}": values[key] for key in counters_last}
@@ -79,11 +88,3 @@ def _unpacked(keys: list[str], packed: Any) -> Iterator[tuple[str, str, jax.Arra
     at = above.index(PARTS) if PARTS in above else len(above)
     for i, key in enumerate(FIELDS[field]):
         yield "/".join(above[:at]), "/".join([*above[at + 1 :], key]), packed[..., i]
-
-
-def _free(name: str, taken: set[str], given: set[str]) -> str:
-    """The name, or, where it is taken, with the first number that no transform was given as name."""
-    if name not in taken:
-        return name
-    numbered = (f"{name}_{n}" for n in itertools.count(1))
-    return next(each for each in numbered if each not in taken | given)

@@ -1,6 +1,6 @@
 """Leave out bad steps."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from optax_clip._mesh import place_like
 from optax_clip._records import Report, increment, transform
 from optax_clip._trees import Scopes
 from optax_clip._validate import AxisName
-from optax_clip.clipping.by_norm import clip_report
+from optax_clip.clipping._reports import clip_report
 from optax_clip.norms import all_finite, measure
 from optax_clip.thresholds.engine import Limits, One, Seen, ThresholdRule, as_rule
 
@@ -79,65 +79,93 @@ def skip_spikes(
     References:
         OLMo Team, 2025, 2 OLMo 2 Furious, https://arxiv.org/abs/2501.00656
     """
-    guarded = _guarded(inner)
-    limit, of_value = Limits.of(None, rule=rule), _value_rule(value_rule)
+    guard = _Guard(
+        _guarded(inner), Limits.of(None, rule=rule), _value_rule(value_rule), value_rule is not None,
+        max_consecutive, axis_name,
+    )  # fmt: skip
     _validate.integer(1, max_consecutive=max_consecutive)
     _validate.axis_name(axis_name=axis_name)
     _validate.record(record)
+    fields = ("norms", "guarded", *["values"] * guard.reads_value)
+    return transform(name, fields, guard.init, guard.step, record=record)
 
-    def init(params: optax.Params) -> Any:
+
+class _Judged(NamedTuple):
+    """What became of a step: whether it is taken, whether it was a spike, and by which numbers."""
+
+    take: Array
+    skipped: Array
+    finite: Array
+    norm: Array
+    threshold: Array
+    value: Array
+    highest: Array
+    memory: dict[str, Any]
+
+    def report(self, reads_value: bool) -> Report:
+        after, share = jnp.where(self.take, self.norm, 0), self.skipped.astype(jnp.float32)
+        clip = clip_report(self.norm, after, self.threshold, share, self.finite)
+        counts = {"guarded": (*clip.happened["counts"], ~self.take)}
+        return Report(
+            {**clip.gauges, **({"values": (self.value, self.highest)} if reads_value else {})}, counts
+        )
+
+
+class _Guard(NamedTuple):
+    """What `skip_spikes` was called with."""
+
+    inner: optax.GradientTransformationExtraArgs
+    limit: Limits
+    value_rule: ThresholdRule
+    reads_value: bool
+    max_consecutive: ArrayLike
+    axis_name: AxisName
+
+    def init(self, params: optax.Params) -> Any:
         first = {
             "skipped_in_a_row": jnp.zeros((), jnp.int32),
-            "value": of_value.init(jnp.zeros((), jnp.float32)),
+            "value": self.value_rule.init(jnp.zeros((), jnp.float32)),
         }
-        inner_state = guarded.init(params)
-        return {
-            **place_like(first, params),
-            "rule": limit.init(params, "global"),
-            "inner_state": inner_state,
-        }
+        inner_state = self.inner.init(params)
+        rule = self.limit.init(params, "global")
+        return {**place_like(first, params), "rule": rule, "inner_state": inner_state}
+
+    def judge(self, scopes: Scopes, xs: list[Array], value: Any, memory: Any, params: Any) -> _Judged:
+        """Is the step taken? And what the rules remember of it."""
+        norms = measure(scopes, xs, None)
+        before, loss = norms[0].value, _loss(value, needed=self.reads_value)
+        finite = all_finite(norms) & jnp.isfinite(loss)
+        params = params if self.limit.asks_for_weights else None
+        seen = Seen(scopes, norms, before, finite, params, None)
+        (threshold,), new_rule = self.limit.update(seen, memory["rule"])
+        told = lax.stop_gradient(jnp.where(finite, loss, jnp.nan))
+        highest, new_value = self.value_rule.update(told, memory["value"], None, told)
+        in_a_row = memory["skipped_in_a_row"]
+        spike = finite & ~((before <= threshold) & (loss <= highest))
+        skipped = spike & (in_a_row < jnp.asarray(self.max_consecutive))
+        streak = jnp.where(finite, jnp.where(skipped, increment(in_a_row), 0), in_a_row)
+        kept = {"skipped_in_a_row": streak, "value": new_value, "rule": new_rule}
+        take = lax.optimization_barrier(finite & ~skipped)
+        return _Judged(take, skipped, finite, before, threshold, loss, highest, kept)
 
     def step(
-        updates: optax.Updates, memory: Any, params: Any, *, value: Any = None, **extra: Any
+        self, updates: optax.Updates, memory: Any, params: Any, *, value: Any = None, **extra: Any
     ) -> tuple[Any, Any, Any]:
-        scopes, xs = Scopes.of(updates, "global", axis_name)
-        norms = measure(scopes, xs, None)
-        before, loss = norms[0].value, _loss(value, needed=value_rule is not None)
-        finite = all_finite(norms) & jnp.isfinite(loss)
-        seen = Seen(scopes, norms, before, finite, params if limit.asks_for_weights else None, None)
-        (threshold,), new_rule = limit.update(seen, memory["rule"])
-        told = lax.stop_gradient(jnp.where(finite, loss, jnp.nan))
-        highest, new_value = of_value.update(told, memory["value"], None, told)
-        spike = finite & ~((before <= threshold) & (loss <= highest))
-        skipped = spike & (memory["skipped_in_a_row"] < jnp.asarray(max_consecutive))
-        take = lax.optimization_barrier(finite & ~skipped)
+        scopes, xs = Scopes.of(updates, "global", self.axis_name)
+        judged = self.judge(scopes, xs, value, memory, params)
+        take, old = judged.take, memory["inner_state"]
         if value is not None:
             extra["value"] = value
-
         safe = scopes.rebuild(updates, [_keep(take, x) for x in xs])
-        new, inner_state = guarded.update(safe, memory["inner_state"], params, **extra)
-        in_a_row = jnp.where(skipped, increment(memory["skipped_in_a_row"]), 0)
-        kept = {
-            "skipped_in_a_row": jnp.where(finite, in_a_row, memory["skipped_in_a_row"]),
-            "value": new_value,
-            "rule": new_rule,
-            "inner_state": jax.tree.map(
-                lambda x, y: jnp.where(take, x, y), inner_state, memory["inner_state"]
-            ),
-        }
-
-        def report() -> Report:
-            after = jnp.where(take, before, 0)
-            clip = clip_report(before, after, threshold, skipped.astype(jnp.float32), finite)
-            counts = {"guarded": (*clip.happened["counts"], ~take)}
-            values = {"values": (loss, highest)} if value_rule is not None else {}
-            return Report({**clip.gauges, **values}, counts)
-
+        new, inner_state = self.inner.update(safe, old, params, **extra)
+        kept = jax.tree.map(lambda x, y: jnp.where(take, x, y), inner_state, old)
         taken, leaves = Scopes.of(new, "global", axis_name=())
-        return taken.rebuild(new, [_keep(take, x) for x in leaves]), kept, report
-
-    fields = ("norms", "guarded", *["values"] * (value_rule is not None))
-    return transform(name, fields, init, step, record=record)
+        landed = taken.rebuild(new, [_keep(take, x) for x in leaves])
+        return (
+            landed,
+            {**judged.memory, "inner_state": kept},
+            lambda: judged.report(self.reads_value),
+        )
 
 
 def _guarded(inner: Any) -> optax.GradientTransformationExtraArgs:

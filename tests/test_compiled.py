@@ -27,6 +27,14 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 DTYPES = ("float32", "bfloat16")
 
 
+@pytest.fixture(autouse=True)
+def no_cache():
+    """What was compiled for a chip that is not there cannot be read from a cache."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
 class Limits(NamedTuple):
     """The most that a step may have: traffic, memory of its own, and waits of a GPU for its host."""
 

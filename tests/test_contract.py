@@ -128,6 +128,10 @@ def test_jitted_is_eager_and_compiles_once(row, compilations):
         assert types(state) == types(eager_state) == looks
     assert compiled[0] > 0, "This test no longer sees compilations."
     assert not any(compiled[1:])
+    tx.update(GRADS[-1], eager_state, PARAMS)
+    before = len(compilations)
+    tx.update(GRADS[-1], eager_state, PARAMS)
+    assert len(compilations) == before, "It compiles in each step outside of jit."
     steps = [int(x) for key, x in metrics(state).items() if key.endswith("/steps")]
     assert steps == ([len(GRADS)] if row.counts else [])
 

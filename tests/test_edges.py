@@ -9,19 +9,23 @@ import optax
 import pytest
 
 from optax_clip import (
+    adagc,
     adaptive_grad_clip,
     box,
     clip_by_global_norm,
     clip_by_norm,
     clip_by_value,
+    clip_singular_values,
     groups,
     mask_outward,
+    metrics,
     norm_ball,
     norm_shell,
     norm_sphere,
     project,
     project_weights,
     simplex,
+    spectral_ball,
     tree_norms,
     violation,
     where,
@@ -277,3 +281,65 @@ def test_boxes_of_one_number(lower, upper, landed):
 def test_one_ratio_of_agc_is_one_number():
     with pytest.raises((TypeError, ValueError), match="ratio"):
         adaptive_grad_clip(jnp.ones(2))
+
+
+LIMITED = {
+    "norm_ball": lambda r: norm_ball(r),
+    "norm_ball, 1": lambda r: norm_ball(r, ord=1),
+    "norm_ball, inf": lambda r: norm_ball(r, ord=math.inf),
+    "norm_sphere": lambda r: norm_sphere(r),
+    "norm_shell": lambda r: norm_shell(r, 2.0),
+    "spectral_ball": lambda r: spectral_ball(r),
+    "spectral_ball, power": lambda r: spectral_ball(r, power_iterations=1),
+}
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_a_traced_radius_that_is_nan(name):
+    x = jnp.array([[3.0, 0.0], [0.0, 0.5]])
+    new = jax.jit(lambda r: project(x, LIMITED[name](r)))(jnp.nan)
+    assert np.isnan(new).all()
+
+
+def test_a_ball_of_order_inf_for_each_label():
+    ball = norm_ball({"a": 1.0, "b": 0.5}, ord=math.inf, scope=groups(lambda path, leaf: path))
+    new = project({"a": jnp.array([3.0, -0.25]), "b": jnp.array([-3.0, 0.25])}, ball)
+    np.testing.assert_array_equal(new["a"], [1.0, -0.25])
+    np.testing.assert_array_equal(new["b"], [-0.5, 0.25])
+
+
+def test_a_formula_for_a_ball_of_order_inf_that_is_traced_and_negative():
+    new = jax.jit(lambda r: project(jnp.ones(2), norm_ball(lambda path, leaf: r, ord=math.inf)))(-1.0)
+    np.testing.assert_array_equal(new, [0.0, 0.0])
+
+
+def test_a_callable_on_numbers_of_python():
+    assert project(2.0, lambda tree: tree / 2) == 1.0
+    assert violation({"a": 2.0}, lambda tree: {"a": 1.5}) == 0.5
+
+
+@pytest.mark.parametrize(
+    "tree", [{"a": [3e38], "b": [3e38]}, {"a": [3e38, 3e38]}], ids=["leaves", "leaf"]
+)
+def test_a_warm_up_whose_norm_is_beyond_float32(tree):
+    """Neither nothing nor all: the norm counts as the largest number, 0.8 of what it is."""
+    grads = {key: jnp.asarray(x, jnp.float32) for key, x in tree.items()}
+    tx = adagc(max_norm=1.0)
+    updates, _ = tx.update(grads, tx.init(grads))
+    norm = np.linalg.norm(np.concatenate([np.asarray(x) for x in updates.values()]))
+    assert 0.99 < norm < 1.25
+
+
+@pytest.mark.parametrize("limit", [0.0, 1.0])
+def test_the_derivative_of_capped_values_at_zero(limit):
+    tx, zero = clip_singular_values(limit), jnp.zeros((2, 3))
+    for cap in (
+        lambda x: tx.update(x, tx.init(x))[0],
+        lambda x: project(x, spectral_ball(limit)),
+    ):
+        assert np.isfinite(jax.grad(lambda x: jnp.sum(cap(x)))(zero)).all()  # noqa: B023
+
+
+def test_the_threshold_of_a_tree_without_leaves():
+    for tx, expected in ((clip_by_value(2.0), 2.0), (clip_by_value(2.0, lower=-1.0), 1.0)):
+        assert metrics(tx.update({}, tx.init({}))[1])["clip/threshold"] == expected

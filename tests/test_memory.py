@@ -139,3 +139,13 @@ def test_the_page(capsys, standard_promotion):
     first, *fusions = capsys.readouterr().out.splitlines()
     assert int(first.split()[0]) < 10_000
     assert [line.split()[0] for line in fusions if "ynn" not in line] == ["bf16[1024,1024]"] * 3
+
+
+def test_a_branch_stays_one_under_vmap():
+    """It is taken by all or by none; one of huge and one of tiny entries have it taken."""
+    clip = jax.jit(jax.vmap(jax.vmap(lambda x: oc.clip_tree(x, 1.0)[0])))
+    x = jnp.array([[[3.0, 4.0], [3e30, 4e30]], [[3e-30, 4e-30], [0.0, 0.0]]])
+    assert "conditional" in clip.lower(x).compile().as_text()
+    np.testing.assert_allclose(clip(x)[0], [[0.6, 0.8], [0.6, 0.8]], rtol=1e-6)
+    np.testing.assert_array_equal(clip(x)[1], x[1])
+    np.testing.assert_allclose(clip(x.at[0, 1].set(30.0))[0, 0], [0.6, 0.8], rtol=1e-6)

@@ -16,6 +16,7 @@ from optax_clip import (
     clip_by_global_norm,
     clip_by_norm,
     clip_by_value,
+    groups,
     mask_outward,
     metrics,
     non_negative,
@@ -339,3 +340,19 @@ def test_a_share_has_no_derivative():
     grads = jnp.array([1.0, 0.3])  # the first at its limit
     np.testing.assert_array_equal(jax.grad(share)(grads), [0, 0])
     assert jax.jvp(share, (grads,), (10 * grads,))[1] == 0
+
+
+def test_names_that_lead_to_the_same_key():
+    """A label below one name, and a second transform of the name that results."""
+    tx = optax.chain(
+        clip_by_norm(1.0, scope=groups(lambda path, leaf: "a")),
+        clip_by_norm(2.0, name="clip/a"),
+    )
+    _, state = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))
+    found = metrics(state)
+    assert found["clip/a/norm_before"] == 5 and found["clip/a_1/norm_before"] == 1
+
+
+def test_a_chain_that_names_a_part_recorded():
+    tx = optax.named_chain(("recorded", clip_by_norm(1.0)))
+    assert "clip/norm_before" in metrics(tx.init(jnp.zeros(2)))

@@ -61,7 +61,7 @@ def _capped(x: Array, limit: Array, *, method: Method, landing: bool) -> Array:
     peak = lax.stop_gradient(largest_entry(y))
     aim = _aim(limit, peak, x.dtype) if landing else limit
     new, reaches = _cap(split, y, aim, peak, method)
-    move = over_matrix(finite & (reaches > limit))
+    move = over_matrix(finite & ~(reaches <= limit))
     capped = placed_like(split.by_rows(back(new)), x)
     return jnp.where(move, capped.astype(x.dtype), x)
 
@@ -90,7 +90,7 @@ def _cap(split: Split, y: Array, limit: Array, peak: Array, method: Method) -> t
     """Singular values capped, and what the largest one reaches at least where it is above the limit."""
     start, unit = lax.stop_gradient(y), power_of_two(peak)
     ratio, most = lax.stop_gradient(limit) / unit, 2 * math.sqrt(math.prod(y.shape[-2:]))
-    goal = jnp.clip(ratio, 2.0**-100, most)
+    goal = jnp.clip(ratio, 2.0**-60, most)  # whose square is a normal number
     value = scale(start, over_matrix(1 / unit))
     bound, none = bound_of(split, value), jnp.zeros_like(split.inner(value, value))
     first = _Pass(value, goal, bound, unit, none, none, none, jnp.any(bound < 0))

@@ -50,6 +50,7 @@ def _largest(x: Array, *, method: Method) -> Array:
     return jnp.sqrt(jnp.sum(jnp.abs(split.product(y, vector)) ** 2, axis=(-2, -1))) * unit
 
 
+@functools.partial(jax.jit, static_argnames="iterations")
 def power_step(x: Array, goal: Array, vector: Array, iterations: int) -> tuple[Array, Array]:
     """``x min(1, goal / s)`` with s from power iterations, and the vector (..., n) to go on from.
 
@@ -68,7 +69,7 @@ def power_step(x: Array, goal: Array, vector: Array, iterations: int) -> tuple[A
 
     start = split.by_rows(vector[..., None].astype(y.dtype))[..., 0]
     new, sigma = lax.fori_loop(1, iterations, lambda _, carry: iterate(carry[0]), iterate(start))
-    over = jnp.isfinite(sigma) & (sigma > goal / unit)
+    over = jnp.isfinite(sigma) & ~(sigma <= goal / unit)
     first, second = jnp.where(over, 1 / unit, 1), jnp.where(over, goal, 1) / jnp.where(over, sigma, 1)
     smaller = round_toward_zero(scale(wide, over_matrix(first), over_matrix(second)), x.dtype)
     kept = jnp.where((jnp.isfinite(sigma) & (sigma > 0))[..., None], new, start)

@@ -11,8 +11,9 @@ from jax.typing import ArrayLike
 from optax_clip import _cpu, _validate
 from optax_clip._numerics import accumulator, as_dtype, scale, widen
 from optax_clip._records import Report, fraction, transform
-from optax_clip._trees import Cells, Scopes, flatten, is_inexact
-from optax_clip._validate import AxisName, Groups, Ord, Record, Scope
+from optax_clip._trees import Cells, Scopes
+from optax_clip._validate import AxisName, Ord, Record, Scope
+from optax_clip.clipping._reports import clip_report, named_parts
 from optax_clip.norms import Norm, all_finite, measure, total
 from optax_clip.thresholds.engine import Limits, Seen, Threshold, ThresholdRule, lowest
 
@@ -321,7 +322,7 @@ def _by_norm(
 ) -> optax.GradientTransformationExtraArgs:
     """The transform behind every clip by norm: measure, decide, rescale, report."""
     _check(scope=scope, ord=ord, nonfinite=nonfinite, axis_name=axis_name)
-    named = _named_parts(scope, record)
+    named = named_parts(scope, record)
 
     def init(params: optax.Params) -> Any:
         return limits.init(params, scope)
@@ -355,42 +356,6 @@ def _by_norm(
         name, ("norms", "counts"), init, step,
         record=bool(record), remembers=limits.remembers, parts=named and named.init,
     )  # fmt: skip
-
-
-def clip_report(
-    before: Array, after: Array, threshold: Array, share: Array, finite: Array, parts: Any = None
-) -> Report:
-    """The metrics of a clip."""
-    share = jnp.where(finite & (share > 0), share, 0)
-    counts = (True, finite & (share > 0), ~finite)
-    return Report({"norms": (before, after, threshold, share)}, {"counts": counts}, parts or {})
-
-
-class _NamedParts(NamedTuple):
-    """The scopes that have names, for metrics of their own: groups by label, leaves by path."""
-
-    scope: Scope
-
-    def init(self, params: Any) -> dict[str, str]:
-        if isinstance(self.scope, Groups):
-            labels = Scopes.of(params, self.scope, axis_name=())[0].labels
-            return {label: "scope" for label in labels or ()}
-        paths, leaves, _ = flatten(params)
-        return {path or "leaf": "scope" for path, x in zip(paths, leaves, strict=True) if is_inexact(x)}
-
-    def report(self, scopes: Scopes, before: Cells, after: Cells, limits: Cells) -> dict[str, Any]:
-        names = scopes.labels or [scopes.paths[i] or "leaf" for i in scopes.places]
-        rows = [jnp.broadcast_to(limits[0], before[0].shape), before[0], after[0]]
-        return {name: {"scope": (rows[1][i], rows[2][i], rows[0][i])} for i, name in enumerate(names)}
-
-
-def _named_parts(scope: Scope, record: Record) -> _NamedParts | None:
-    _validate.record(record, "scopes")
-    if record == "scopes" and scope != "leaf" and not isinstance(scope, Groups):
-        raise ValueError(
-            f'Expected record="scopes" only with scope="leaf" or groups, got scope={scope!r}.'
-        )
-    return _NamedParts(scope) if record and (record == "scopes" or isinstance(scope, Groups)) else None
 
 
 def _check(*, scope: Scope, ord: Ord, nonfinite: str, axis_name: AxisName) -> None:

@@ -13,7 +13,7 @@ from optax_clip._matrices import Method
 from optax_clip._mesh import varying_axes
 from optax_clip._records import Report, fraction, transform
 from optax_clip._trees import Scopes
-from optax_clip.clipping.by_norm import clip_report
+from optax_clip.clipping._reports import clip_report
 from optax_clip.norms import all_finite, measure
 from optax_clip.thresholds.engine import Limits, Seen, ThresholdRule
 

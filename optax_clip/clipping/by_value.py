@@ -1,7 +1,7 @@
 """Clip each entry into an interval."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from optax_clip._records import Report, increment, transform
 from optax_clip._settings import Initial, Setting
 from optax_clip._trees import Scopes
 from optax_clip._validate import AxisName
-from optax_clip.clipping.by_norm import clip_report
+from optax_clip.clipping._reports import clip_report
 from optax_clip.norms import measure
 from optax_clip.thresholds.engine import ThresholdRule
 
@@ -112,7 +112,7 @@ def clip_by_value(
         clipped = _cpu.select(xs, flags, inside)
 
         def report() -> Any:
-            threshold = _smallest(limits, accumulator(xs))
+            threshold = _smallest(limits or _alone(lower, high), accumulator(xs))
             return _report(_Reading(scopes, axis_name), xs, ends, threshold)
 
         return scopes.rebuild(updates, clipped), memory, report
@@ -220,8 +220,18 @@ _statistics = _cpu.instead(functools.partial(_statistics, read=_cpu.apart, indic
 )
 
 
-def _smallest(limits: Sequence[tuple[Array, Array]], dtype: Any) -> Array:
-    each = [jnp.min(jnp.minimum(high, -low), initial=jnp.inf) for low, high in limits]
+def _alone(lower: Any, high: Any) -> list[tuple[Any, Any]]:
+    """The bounds where there is no leaf to tell more: of a tree none."""
+    if any(isinstance(x, (Mapping, Sequence)) or jnp.ndim(x) for x in (lower, high) if x is not None):
+        return []
+    return [(-high if lower is None else lower, high)]
+
+
+def _smallest(limits: Sequence[tuple[Any, Any]], dtype: Any) -> Array:
+    each = [
+        jnp.min(jnp.minimum(as_dtype(high, dtype), as_dtype(-low, dtype)), initial=jnp.inf)
+        for low, high in limits
+    ]
     return functools.reduce(jnp.minimum, each, jnp.asarray(jnp.inf, dtype))
 
 

@@ -1,6 +1,6 @@
 """Measure what flows through a chain, and change nothing."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
@@ -76,37 +76,47 @@ def record_norms(
     if not isinstance(scope, Groups) and scope not in ("leaf", "global"):
         raise ValueError(f'Expected scope to be "leaf", "global" or groups(label), got scope={scope!r}.')
     field = of[0] if len(of) == 1 else "ratios"
-    whole = scope == "global"
-
-    def parts(params: optax.Params) -> dict[str, str]:
-        return dict.fromkeys(_names(Scopes.of(params, scope, axis_name=())[0]), field)
-
-    def step(updates: optax.Updates, memory: Any, params: Any, **extra: Any) -> tuple[Any, Any, Any]:
-        del extra
-        if "params" in of:
-            _validate.params_given(params, of="record_norms")
-
-        def report() -> Report:
-            scopes, xs = Scopes.of(updates, scope, axis_name, beside=params)
-            trees = {
-                "updates": lambda: xs,
-                "params": lambda: scopes.leaves_of(params, of="record_norms"),
-            }
-            columns = [_norms(scopes, trees[tree](), ord) for tree in trees if tree in of]
-            if len(columns) == 2:
-                u, w = columns
-                columns.append(jnp.where(w > 0, u / jnp.where(w > 0, w, 1), 0))
-            if whole:
-                return Report({field: [x[0] for x in columns]}, {})
-            rows = {part: {field: [x[i] for x in columns]} for i, part in enumerate(_names(scopes))}
-            return Report({}, {}, rows)
-
-        return updates, memory, report
-
+    reading = _Reading(scope, ord, tuple(of), axis_name, field)
+    fields, parts = ((field,), None) if scope == "global" else ((), reading.parts)
     return transform(
-        name, (field,) if whole else (), lambda params: (), step,
-        record=record, remembers=False, parts=None if whole else parts,
-    )  # fmt: skip
+        name, fields, lambda params: (), reading.step, record=record, remembers=False, parts=parts
+    )
+
+
+class _Reading(NamedTuple):
+    """What `record_norms` was called with, and the field that its numbers go to."""
+
+    scope: Scope
+    ord: Ord
+    of: tuple[str, ...]
+    axis_name: AxisName
+    field: str
+
+    def parts(self, params: optax.Params) -> dict[str, str]:
+        return dict.fromkeys(_names(Scopes.of(params, self.scope, axis_name=())[0]), self.field)
+
+    def step(
+        self, updates: optax.Updates, memory: Any, params: Any, **extra: Any
+    ) -> tuple[Any, Any, Any]:
+        del extra
+        if "params" in self.of:
+            _validate.params_given(params, of="record_norms")
+        return updates, memory, lambda: self.report(updates, params)
+
+    def report(self, updates: optax.Updates, params: Any) -> Report:
+        scopes, xs = Scopes.of(updates, self.scope, self.axis_name, beside=params)
+        columns = []
+        if "updates" in self.of:
+            columns.append(_norms(scopes, xs, self.ord))
+        if "params" in self.of:
+            columns.append(_norms(scopes, scopes.leaves_of(params, of="record_norms"), self.ord))
+        if len(columns) == 2:
+            u, w = columns
+            columns.append(jnp.where(w > 0, u / jnp.where(w > 0, w, 1), 0))
+        if self.scope == "global":
+            return Report({self.field: [x[0] for x in columns]}, {})
+        rows = {part: {self.field: [x[i] for x in columns]} for i, part in enumerate(_names(scopes))}
+        return Report({}, {}, rows)
 
 
 def _names(scopes: Scopes) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from optax_clip._numerics import (
     widen,
 )
 from optax_clip._settings import Initial, Setting
-from optax_clip._validate import AxisName, Ord, Scope
+from optax_clip._validate import AxisName, Groups, Ord, Scope
 from optax_clip._values import value_object
 from optax_clip.norms import Norm
 from optax_clip.sets.boxes import box
@@ -63,8 +63,8 @@ def norm_ball(
     Returns:
         A set for `project_weights`, `project` and `violation`. What is outside lands a few float32
         roundings inside, so that its norm is at most r as measured in float64. Radius 0 gives zeros,
-        inf leaves all as it is. A scope with an inf or NaN entry is left as it is. A traced negative
-        radius counts as 0.
+        inf leaves all as it is. A scope with an inf or NaN entry is left as it is, but for ``ord=inf``,
+        where inf goes to the bound and NaN stays. A traced negative radius counts as 0.
 
     Raises:
         ValueError: for a negative or NaN radius, an unknown order or scope, a tree that is not a prefix.
@@ -87,7 +87,7 @@ def norm_ball(
     _validate.static(ord=ord)
     if ord not in (None, 1, 2, math.inf):
         raise ValueError(f"Expected ord to be None, 1, 2 or inf, got ord={ord!r}.")
-    if ord == math.inf and not isinstance(radius, Initial):
+    if ord == math.inf and not isinstance(radius, Initial) and not isinstance(scope, Groups):
         return _cube(radius, axis_name)
     bounds = NormBounds(scope, axis_name, ord, {"radius": radius})
     move = l1_ball if ord == 1 else (_max_ball if ord == math.inf else _by_norm)
@@ -185,11 +185,19 @@ def norm_shell(
 
 def _cube(radius: Setting, axis_name: AxisName) -> Constraint:
     """The ball of order inf, which is a box."""
+
+    def bound(r: Any) -> Any:
+        return jnp.maximum(r, 0) if isinstance(r, Array) else r
+
     if callable(radius):
         formula: Any = radius
-        return box(lambda *leaf: -formula(*leaf), formula, axis_name=axis_name)
-    bound = jax.tree.map(lambda r: jnp.maximum(r, 0) if isinstance(r, Array) else r, radius)
-    return box(jax.tree.map(operator.neg, bound), bound, axis_name=axis_name)
+        return box(
+            lambda *leaf: -bound(formula(*leaf)),
+            lambda *leaf: bound(formula(*leaf)),
+            axis_name=axis_name,
+        )
+    bounds = jax.tree.map(bound, radius)
+    return box(jax.tree.map(operator.neg, bounds), bounds, axis_name=axis_name)
 
 
 def _norm_set(
@@ -230,6 +238,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(norm: Norm, n: Any, low: Array, high: Array, *, sphere: bool) -> _Plan:
+    high = jnp.where(jnp.isnan(low), low, high)
     margin, inside = margins(n, norm.root.dtype)
     ends = low * (1 + inside), high * (1 - inside)
     thin = ends[0] >= ends[1]  # thinner than what a norm can tell: onto the bound itself

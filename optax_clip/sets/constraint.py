@@ -194,7 +194,7 @@ def as_constraint(constraint: Any) -> Constraint:
                 f"as in norm_ball(1.0).{STATIC}"
             )
         _same_shapes(constraint, new, params)
-        moved: optax.Params = jax.tree.map(lambda y, x: jnp.asarray(y).astype(x.dtype), new, params)
+        moved: optax.Params = jax.tree.map(_as_before, new, params)
         return moved
 
     def excess(params: optax.Params) -> Array:
@@ -266,6 +266,10 @@ def require_real(scopes: Scopes, xs: Sequence[Array], *, of: str) -> None:
                 f"Expected real weights in a {of}, got {x.dtype} at "
                 f"{scopes.paths[i]!r} of shape {x.shape}."
             )
+
+
+def _as_before(y: Any, x: Any) -> Array:
+    return jnp.asarray(y).astype(jnp.asarray(x).dtype)
 
 
 def _distance(x: Any, y: Any) -> Array:

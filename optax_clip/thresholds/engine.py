@@ -41,9 +41,10 @@ class ThresholdRule(NamedTuple):
         >>> import jax.numpy as jnp
         >>> from optax_clip import ThresholdRule, clip_by_norm
         >>> def init(norms):
-        ...     return jnp.full_like(norms, jnp.inf)
+        ...     return jnp.zeros_like(norms)
         >>> def update(norms, last, param_norms, total):
-        ...     return 2 * last, jnp.where(jnp.isfinite(norms), norms, last)
+        ...     limits = jnp.where(last > 0, 2 * last, jnp.inf)
+        ...     return limits, jnp.where(jnp.isfinite(norms), norms, last)
         >>> tx = clip_by_norm(ThresholdRule(init, update), scope="global")
         >>> state = tx.init(jnp.zeros(2))
         >>> for g in (jnp.array([3.0, 4.0]), jnp.array([30.0, 40.0])):

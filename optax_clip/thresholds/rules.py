@@ -316,10 +316,13 @@ def ema_ratio(
 
 def _global_limits(norms: Array, total: Array, max_norm: ArrayLike) -> Array:
     """The norm of each entry once the whole tree is clipped to ``max_norm``; inf if it is not."""
-    whole = jnp.broadcast_to(total, norms.shape)
-    over = usable(norms) & (whole > number(max_norm, norms))
+    top = jnp.finfo(norms.dtype).max  # stands for norms beyond the dtype
+    whole = jnp.broadcast_to(jnp.minimum(total, top), norms.shape)
+    over = (norms > 0) & (whole > number(max_norm, norms))
     # The share of the whole first: max_norm / whole may be too small for a float32.
-    common = jnp.maximum(number(max_norm, norms), 0) * (norms / jnp.where(over, whole, 1))
+    common = jnp.maximum(number(max_norm, norms), 0) * (
+        jnp.minimum(norms, top) / jnp.where(over, whole, 1)
+    )
     return jnp.where(over, common, jnp.inf)
 
 

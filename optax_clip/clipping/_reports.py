@@ -1,0 +1,48 @@
+"""The metrics of a clip, of the whole tree and of its parts."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from optax_clip import _validate
+from optax_clip._records import Report
+from optax_clip._trees import Cells, Scopes, flatten, is_inexact
+from optax_clip._validate import Groups, Record, Scope
+
+
+def clip_report(
+    before: Array, after: Array, threshold: Array, share: Array, finite: Array, parts: Any = None
+) -> Report:
+    """The metrics of a clip."""
+    share = jnp.where(finite & (share > 0), share, 0)
+    counts = (True, finite & (share > 0), ~finite)
+    return Report({"norms": (before, after, threshold, share)}, {"counts": counts}, parts or {})
+
+
+class _NamedParts(NamedTuple):
+    """The scopes that have names, for metrics of their own: groups by label, leaves by path."""
+
+    scope: Scope
+
+    def init(self, params: Any) -> dict[str, str]:
+        if isinstance(self.scope, Groups):
+            labels = Scopes.of(params, self.scope, axis_name=())[0].labels
+            return {label: "scope" for label in labels or ()}
+        paths, leaves, _ = flatten(params)
+        return {path or "leaf": "scope" for path, x in zip(paths, leaves, strict=True) if is_inexact(x)}
+
+    def report(self, scopes: Scopes, before: Cells, after: Cells, limits: Cells) -> dict[str, Any]:
+        names = scopes.labels or [scopes.paths[i] or "leaf" for i in scopes.places]
+        limit = jnp.broadcast_to(limits[0], before[0].shape)
+        rows = zip(names, before[0], after[0], limit, strict=True)
+        return {name: {"scope": row} for name, *row in rows}
+
+
+def named_parts(scope: Scope, record: Record) -> _NamedParts | None:
+    _validate.record(record, "scopes")
+    if record == "scopes" and scope != "leaf" and not isinstance(scope, Groups):
+        raise ValueError(
+            f'Expected record="scopes" only with scope="leaf" or groups, got scope={scope!r}.'
+        )
+    return _NamedParts(scope) if record and (record == "scopes" or isinstance(scope, Groups)) else None
