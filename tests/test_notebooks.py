@@ -1,4 +1,4 @@
-"""The notebooks as they are kept: run from top to bottom, a figure for each claim, no file beside them."""
+"""The notebooks as they are kept: run from top to bottom, a figure for each claim, no file beside."""
 
 import ast
 import json
@@ -63,6 +63,6 @@ def test_runs_by_itself(path):
     assert modules <= PACKAGES.keys()
     needed = {PACKAGES[module] for module in modules} - {None}
     told = re.search(r"^# %pip install (.+) path/to/a/clone/of/optax_clip$", code[0], re.MULTILINE)
-    assert set(told[1].split()) == needed
+    assert told and set(told[1].split()) == needed
     group = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["dependency-groups"]["notebooks"]
     assert needed <= set(group)
