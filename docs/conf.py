@@ -72,7 +72,7 @@ def copy_notebooks(app: Sphinx, config: object) -> None:
     """Put the notebooks where Sphinx finds them: it reads no folder but its own."""
     shutil.rmtree(HERE / "notebooks", ignore_errors=True)
     shutil.copytree(
-        HERE.parent / "notebooks", HERE / "notebooks", ignore=shutil.ignore_patterns("*.py", "[_.]*")
+        HERE.parent / "notebooks", HERE / "notebooks", ignore=shutil.ignore_patterns("[_.]*")
     )
 
 
