@@ -90,7 +90,7 @@ def _cap(split: Split, y: Array, limit: Array, peak: Array, method: Method) -> t
     """Singular values capped, and what the largest one reaches at least where it is above the limit."""
     start, unit = lax.stop_gradient(y), power_of_two(peak)
     ratio, most = lax.stop_gradient(limit) / unit, 2 * math.sqrt(math.prod(y.shape[-2:]))
-    goal = jnp.clip(ratio, 2.0**-60, most)  # whose square is a normal number
+    goal = jnp.clip(ratio, 2.0**-100, most)
     value = scale(start, over_matrix(1 / unit))
     bound, none = bound_of(split, value), jnp.zeros_like(split.inner(value, value))
     first = _Pass(value, goal, bound, unit, none, none, none, jnp.any(bound < 0))
@@ -114,10 +114,11 @@ def _nearer(split: Split, method: Method, now: _Pass) -> _Pass:
     square = over_matrix(cap * cap)
     beyond = gram - scale(identity(gram), square)
     size = 1.01 * jnp.maximum(now.bound**2 - cap**2, cap**2)
+    size = jnp.where(size == 0, 1, size)  # both squares underflow
     sign = SIGNS[method](split, scale(beyond, over_matrix(1 / size)))
     outside = (sign + identity(sign)) / 2
     part = split.product(beyond, outside)
-    excess = scale((part + split.by_rows(adjoint(part))) / 2, 1 / square)
+    excess = scale((part + split.by_rows(adjoint(part))) / 2, over_matrix(1 / cap), over_matrix(1 / cap))
     change = _inverse_root(split, excess, jnp.maximum(now.bound / cap, 1.01))
     change = jnp.where(over_matrix(far | ends), change, 0)
     unit = jnp.where(far, power_of_two(cap), 1)
