@@ -187,6 +187,8 @@ def draw_norms(axes: Axes, runs: dict[str, DemoRun]) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
+    kept = np.concatenate([run.log["clip/norm_before"] for name, run in runs.items() if name != NOTHING])
+    axes.set_ylim(kept.min() / 1.2, 3 * kept.max())  # else a run that is lost would squash the others
     for name, run in runs.items():
         norm, limit = (run.log[key] for key in ("clip/norm_before", "clip/threshold"))
         axes.plot(steps_of(norm), norm, color=COLOURS[name], linewidth=0.6, alpha=0.4)
