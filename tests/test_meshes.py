@@ -44,7 +44,7 @@ def project(*args, **kwargs):
 # Each with the most all-reduces of an ordinary step, and of what a norm out of the safe range adds.
 # XLA joins those of all leaves, so their number does not count: there is one for each axis of the mesh
 # that splits a leaf, times how often one thing follows from another. A clip by norm measures once; so do
-# a clip by value and a box, for the record. A norm set measures the weights, then how far they moved. A
+# a clip by value and a box, for the record. A norm set measures the weights, from which follows how far they moved. A
 # unit then asks for the whole tree, for the record. Order 1 and the simplex find a root: the second
 # number holds what a Newton pass sends.
 TRANSFORMS = {
@@ -57,14 +57,14 @@ TRANSFORMS = {
     "adaptive_grad_clip": (lambda: oc.adaptive_grad_clip(), 6, 2),
     "skip_spikes": (lambda: oc.skip_spikes(optax.identity(), oc.zscore(1.0, warmup=1)), 2, 2),
     "clip_by_value": (lambda: oc.clip_by_value(0.5), 2, 4),
-    "box": (lambda: project(oc.box(-0.5, 0.5)), 2, 4),
-    "norm_ball": (lambda: project(oc.norm_ball(1.0)), 4, 6),
-    "norm_ball, global": (lambda: project(oc.norm_ball(1.0, scope="global")), 4, 6),
-    "norm_ball, unit": (lambda: project(oc.norm_ball(1.0, scope="unit")), 4, 5),
+    "box": (lambda: project(oc.box(-0.5, 0.5)), 2, 2),
+    "norm_ball": (lambda: project(oc.norm_ball(1.0)), 2, 2),
+    "norm_ball, global": (lambda: project(oc.norm_ball(1.0, scope="global")), 2, 2),
+    "norm_ball, unit": (lambda: project(oc.norm_ball(1.0, scope="unit")), 4, 1),
     "norm_ball, 1": (lambda: project(oc.norm_ball(1.0, ord=1)), 10, 12),
     "norm_ball, inf": (lambda: project(oc.norm_ball(1.0, ord=math.inf)), 2, 4),
-    "norm_sphere": (lambda: project(oc.norm_sphere(1.0)), 4, 6),
-    "norm_shell": (lambda: project(oc.norm_shell(0.1, 1.0)), 4, 6),
+    "norm_sphere": (lambda: project(oc.norm_sphere(1.0)), 2, 2),
+    "norm_shell": (lambda: project(oc.norm_shell(0.1, 1.0)), 2, 2),
     "simplex": (lambda: project(oc.simplex(1.0)), 10, 8),
     "mask_outward": (lambda: oc.mask_outward(oc.box(-0.5, 0.5)), 2, 0),
 }
