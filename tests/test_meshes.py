@@ -44,9 +44,8 @@ def project(*args, **kwargs):
 # Each with the most all-reduces of an ordinary step, and of what a norm out of the safe range adds.
 # XLA joins those of all leaves, so their number does not count: there is one for each axis of the mesh
 # that splits a leaf, times how often one thing follows from another. A clip by norm measures once; so do
-# a clip by value and a box, for the record. A norm set measures the weights, from which follows how far they moved. A
-# unit then asks for the whole tree, for the record. Order 1 and the simplex find a root: the second
-# number holds what a Newton pass sends.
+# a clip by value, a box and a norm set, for the record. A unit then asks for the whole tree, for the
+# record. Order 1 and the simplex find a root: the second number holds what a Newton pass sends.
 TRANSFORMS = {
     "clip_by_global_norm": (lambda: oc.clip_by_global_norm(1.0), 2, 2),
     "clip_by_norm, leaf": (lambda: oc.clip_by_norm(1.0), 2, 2),
