@@ -78,13 +78,13 @@ def simplex(total: Setting = 1.0, *, scope: Scope = "leaf", axis_name: AxisName 
         lowest = [-peak for peak in scopes.max([-t for t in wide], initial=-jnp.inf)]
         highest, sums = scopes.max(wide, initial=-jnp.inf), scopes.sum(wide)
         totals = _settings.per_scope(scopes, xs, sums, total=total)
-        return scopes, xs, _Sums(wide, sums, lowest, highest, totals)
+        return scopes, xs, _Sums(sums, lowest, highest, totals)
 
     def move(params: optax.Params, memory: Any) -> Move:
         scopes, xs, found = read(params)
-        keeps = [_is_on(*each) for each in zip(*found[1:], scopes.counts, strict=True)]
-        new = soft_threshold(_Cut(scopes, _as_it_is), found.terms, found.totals)
-        kept = zip(xs, new, scopes.per_leaf(keeps), strict=True)
+        keeps = [_is_on(*each) for each in zip(*found, scopes.counts, strict=True)]
+        new = soft_threshold(_Cut(scopes, _as_it_is), xs, found.totals)
+        kept = zip(xs, new, _apart(scopes, keeps), strict=True)
         return Move(
             scopes.rebuild(params, [_unless(keep, x, y.astype(x.dtype)) for x, y, keep in kept]), memory
         )
@@ -100,9 +100,8 @@ def simplex(total: Setting = 1.0, *, scope: Scope = "leaf", axis_name: AxisName 
 
 
 class _Sums(NamedTuple):
-    """The wide entries, and of each scope their sum, the lowest and the highest, and what to sum to."""
+    """Of each scope the sum, the lowest and the highest entry, and what to sum to."""
 
-    terms: list[Array]
     sums: Cells
     lowest: Cells
     highest: Cells
@@ -130,9 +129,8 @@ def l1_ball(bounds: NormBounds, params: optax.Params, memory: Any) -> Move:
         over = ~(norm.root <= radius * norm.scale * (1 - margin)) & jnp.isfinite(norm.root)
         overs.append(over & ~bounds.free("radius", radius))
         totals.append(jnp.where(overs[-1], radius * (1 - inside), 1))
-    wide = [widen(x, accumulator(xs)) for x in xs]
-    lengths = soft_threshold(_Cut(scopes, modulus), wide, totals)
-    rows = zip(xs, lengths, scopes.per_leaf(overs), strict=True)
+    lengths = soft_threshold(_Cut(scopes, modulus), xs, totals)
+    rows = zip(xs, lengths, _apart(scopes, overs), strict=True)
     new = [lax.select(broadcast_like(over, x), _with_modulus(x, y), x) for x, y, over in rows]
     return Move(scopes.rebuild(params, new), memory)
 
@@ -142,6 +140,12 @@ def _with_modulus(x: Array, length: Array) -> Array:
     if not jnp.iscomplexobj(x):
         return round_toward_zero(length * lax.stop_gradient(jnp.sign(widen(x, length.dtype))), x.dtype)
     return round_toward_zero(scale(x, length / jnp.where(x == 0, 1, jnp.abs(x))), x.dtype)
+
+
+def _apart(scopes: Scopes, cells: Cells) -> list[Array]:
+    """For each leaf its own numbers: leaves that share a vector share a kernel, which then copies."""
+    each: list[Array] = lax.optimization_barrier(scopes.per_leaf(cells))
+    return each
 
 
 def _as_it_is(x: Array) -> Array:
@@ -154,11 +158,14 @@ class _Cut(NamedTuple):
     scopes: Scopes
     read: Callable[[Array], Array]
 
+    def wide(self, xs: Sequence[Array]) -> list[Array]:
+        return [self.read(widen(x, accumulator(xs))) for x in xs]
+
     def depths(self, xs: Sequence[Array], origins: Sequence[Cells]) -> list[Array]:
         """The entries, measured from some origins; read anew each time, so that none is written."""
-        terms = [self.read(x) for x in xs]
+        terms = self.wide(xs)
         for origin in origins:
-            terms = [t - o for t, o in zip(terms, self.scopes.per_leaf(origin), strict=True)]
+            terms = [t - o for t, o in zip(terms, _apart(self.scopes, origin), strict=True)]
         return terms
 
 
@@ -166,24 +173,15 @@ class _Cut(NamedTuple):
 def soft_threshold(cut: _Cut, xs: list[Array], totals: Cells) -> list[Array]:
     """``max(t - θ, 0)`` with θ such that each scope sums to its total.
 
-    Newton's steps from below never pass θ nor go back, and end when no entry falls out any more. Entries
-    are measured from the largest one, so a common offset costs no precision, and then once more from θ,
-    as a rounding of θ counts for each entry above it. The steps are constants to derivatives; one more
-    step after them has the derivative of θ.
+    Entries are measured from the largest one, so a common offset costs no precision. The search is
+    constant to derivatives; one more of its steps has the derivative of θ.
     """
     fixed, goals = lax.stop_gradient((xs, totals))
-    scopes = cut.scopes
-    peaks = scopes.max([cut.read(x) for x in fixed], initial=-jnp.inf)
-    sums = scopes.sum(cut.depths(fixed, [peaks]))
-    starts = [
-        jnp.maximum(-goal, (got - goal) / jnp.maximum(jnp.asarray(n, got.dtype), 1))
-        for got, goal, n in zip(sums, goals, scopes.counts, strict=True)
-    ]
-    thetas = _newton(cut, fixed, [peaks], goals, starts)
-    origins = [peaks, thetas]
-    below, _ = _newton_step(cut, fixed, origins, goals, [jnp.zeros_like(theta) for theta in thetas])
-    found = _newton(cut, fixed, origins, goals, below)
-    thetas, _ = _newton_step(cut, xs, origins, totals, found)
+    peaks = cut.scopes.max(cut.wide(fixed), initial=-jnp.inf)
+    found = _newton(cut, fixed, peaks, goals)
+    origins = [peaks, found.origins]
+    steps, _ = _newton_step(cut, xs, origins, totals, found.thetas)
+    thetas = [straight_through(*pair) for pair in zip(found.thetas, steps, strict=True)]
     return [jnp.maximum(d, 0) for d in cut.depths(xs, [*origins, thetas])]
 
 
@@ -198,17 +196,43 @@ def _newton_step(
     return [theta + (got - goal) / jnp.maximum(n, 1) for theta, got, goal, n in rows], counts
 
 
-def _newton(cut: _Cut, xs: list[Array], origins: list[Cells], goals: Cells, thetas: Cells) -> Cells:
-    """Steps until no entry falls out."""
+class _Search(NamedTuple):
+    """θ measured from an origin, the entries above at the last step, and which of two searches it is."""
 
-    def body(carry: tuple[Cells, Cells, Array]) -> tuple[Cells, Cells, Array]:
-        thetas, last, _ = carry
-        moved, counts = _newton_step(cut, xs, origins, goals, thetas)
+    origins: Cells
+    thetas: Cells
+    counts: Cells
+    second: Array
+    done: Array
+
+
+def _newton(cut: _Cut, xs: list[Array], peaks: Cells, goals: Cells) -> _Search:
+    """Newton's steps from below never pass θ nor go back, and end when no entry falls out any more.
+
+    A second search is measured from what the first one found, as a rounding of θ counts for each entry
+    above it; its first step may go back.
+    """
+    zeros, no = [peak * 0 for peak in peaks], jnp.array(False)
+    nowhere = [zero + jnp.inf for zero in zeros]
+
+    def body(at: _Search) -> _Search:
+        moved, counts = _newton_step(cut, xs, [peaks, at.origins], goals, at.thetas)
         # A rounding may take θ back, and an entry in and out for ever.
-        new = [jnp.maximum(*pair) for pair in zip(thetas, moved, strict=True)]
-        same = [jnp.all(~(c < n)) for c, n in zip(counts, last, strict=True)]
-        return new, counts, ~all_devices_agree(functools.reduce(operator.and_, same))
+        rows = zip(at.thetas, moved, at.counts, strict=True)
+        new = [jnp.where(last == jnp.inf, m, jnp.maximum(theta, m)) for theta, m, last in rows]
+        same = [jnp.all(~(c < n)) for c, n in zip(counts, at.counts, strict=True)]
+        settled = all_devices_agree(functools.reduce(operator.and_, same))
+        again = settled & ~at.second
 
-    start = thetas, [theta * 0 + jnp.inf for theta in thetas], jnp.array(True)
-    found: Cells = lax.while_loop(lambda carry: carry[2], body, start)[0]
+        def after(found: Cells, otherwise: Cells) -> Cells:
+            return [jnp.where(again, x, y) for x, y in zip(found, otherwise, strict=True)]
+
+        return _Search(
+            after(new, at.origins), after(zeros, new), after(nowhere, counts),
+            at.second | settled, settled & at.second,
+        )  # fmt: skip
+
+    starts = [zero - goal for zero, goal in zip(zeros, goals, strict=True)]
+    start = _Search(zeros, starts, nowhere, no, no)
+    found: _Search = lax.while_loop(lambda at: ~at.done, body, start)
     return found
