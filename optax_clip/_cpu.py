@@ -42,11 +42,6 @@ def by_platform(*arrays: Any, default: Callable[..., T], **special: Callable[...
     return special.get(_platform(leaves), default)(*arrays)
 
 
-def written_once(xs: list[Array]) -> list[Array]:
-    """On a GPU written to memory: what a norm and a projection read is else computed a second time."""
-    return by_platform(xs, cuda=lambda xs: list(map(lax.optimization_barrier, xs)), default=list)
-
-
 Ends = tuple[tuple[int, int], ...]
 
 

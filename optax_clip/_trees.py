@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from optax_clip import _cpu, _validate
+from optax_clip import _cpu, _gpu, _validate
 from optax_clip._mesh import all_reduce, axis_size, is_explicit, reduction_axes, replicated
 from optax_clip._validate import AxisName, Groups, Scope
 
@@ -236,10 +236,12 @@ class Scopes(NamedTuple):
         On one device the rows of large leaves are summed first: what is left of all ways then takes one
         kernel a leaf, not one each.
         """
-        if jax.device_count() > 1 or not all(
-            isinstance(where, int) or self.is_global for _, where in self.homes
-        ):
+        if jax.device_count() > 1:
             return [self.sum(terms) for terms in ways]
+        if any(isinstance(where, tuple) for _, where in self.homes):
+            pairs = zip(self.axes, zip(*ways, strict=True), strict=True)
+            summed = [_gpu.sums_of_columns(axes, terms) for axes, terms in pairs]
+            return [self.sum(terms) for terms in zip(*summed, strict=True)]
         scopes, first = _joined(self, ways[0])
         columns = zip(first, *(_joined(self, terms)[1] for terms in ways[1:]), strict=True)
         pieces = [jnp.stack([_rows_summed(t) for t in column]) for column in columns]

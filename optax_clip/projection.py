@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from optax_clip import _cpu, _validate
+from optax_clip import _cpu, _gpu, _validate
 from optax_clip._landing import add_as_apply_updates, land, reach
 from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes
 from optax_clip._numerics import accumulator, beyond, widen
@@ -197,7 +197,7 @@ def redirect(
     """The updates that land in the set, its memory, how far the weights move and which share."""
     scopes, us = Scopes.of(updates, "leaf", constraint.axis_name, beside=params)
     if constraint.ends is None:
-        us = _cpu.written_once(us)
+        us = _gpu.written_once(us)
     how = _How(constraint, scopes, record)
     way = _landed_and_measured if record and constraint.ends else _landed
     new, memory, moved = way(how, scopes.leaves_of(params, of="project_weights"), us, memory)
@@ -252,7 +252,8 @@ def _outside(p: Array, u: Array, *ends: Array) -> Array:
 def _moves(how: _How, ps: list[Array], reached: list[Array], new: list[Array]) -> tuple[Array, Array]:
     """From where the weights end up, as `optax.apply_updates` computes it, so that XLA does so once."""
     pairs = [
-        _two_sums(*lax.stop_gradient(_gap(s, p, v))) for s, p, v in zip(reached, ps, new, strict=True)
+        _gpu.two_sums(*lax.stop_gradient(_gap(s, p, v)))
+        for s, p, v in zip(reached, ps, new, strict=True)
     ]
     squares, counts = zip(*pairs, strict=True) if pairs else ((), ())
     return _over_all(how, ps, squares, counts)
@@ -267,19 +268,6 @@ def _gap(reached: Array, p: Array, new: Array) -> tuple[Array, Array]:
         end = lax.reduce_precision(end, 8, 7)  # XLA may keep more
     gap = jnp.abs(s - end) if jnp.iscomplexobj(s) else s - end
     return gap * gap, (s != end).astype(wide)
-
-
-def _two_sums(x: Array, y: Array) -> tuple[Array, Array]:
-    """Two sums; on a GPU as one of complex numbers, since a second one splits an optimizer's kernel."""
-
-    def as_complex(x: Array, y: Array) -> tuple[Array, Array]:
-        both = jnp.sum(lax.complex(x, y))
-        return both.real, both.imag
-
-    def apart(x: Array, y: Array) -> tuple[Array, Array]:
-        return jnp.sum(x), jnp.sum(y)
-
-    return _cpu.by_platform(x, y, cuda=as_complex, default=apart)
 
 
 def _over_all(

@@ -14,6 +14,7 @@ SHARED = [
     "_numerics",
     "_mesh",
     "_cpu",
+    "_gpu",
     "_trees",
     "_landing",
     "_matrices",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from optax_clip import _settings, _validate
+from optax_clip import _gpu, _settings, _validate
 from optax_clip._mesh import all_devices_agree
 from optax_clip._numerics import (
     accumulator,
@@ -84,7 +84,7 @@ def simplex(total: Setting = 1.0, *, scope: Scope = "leaf", axis_name: AxisName 
         scopes, xs, found = read(params)
         keeps = [_is_on(*each) for each in zip(*found, scopes.counts, strict=True)]
         new = soft_threshold(_Cut(scopes, _as_it_is), xs, found.totals)
-        kept = zip(xs, new, _apart(scopes, keeps), strict=True)
+        kept = zip(xs, new, _gpu.unshared(scopes.per_leaf(keeps)), strict=True)
         return Move(
             scopes.rebuild(params, [_unless(keep, x, y.astype(x.dtype)) for x, y, keep in kept]), memory
         )
@@ -130,7 +130,7 @@ def l1_ball(bounds: NormBounds, params: optax.Params, memory: Any) -> Move:
         overs.append(over & ~bounds.free("radius", radius))
         totals.append(jnp.where(overs[-1], radius * (1 - inside), 1))
     lengths = soft_threshold(_Cut(scopes, modulus), xs, totals)
-    rows = zip(xs, lengths, _apart(scopes, overs), strict=True)
+    rows = zip(xs, lengths, _gpu.unshared(scopes.per_leaf(overs)), strict=True)
     new = [lax.select(broadcast_like(over, x), _with_modulus(x, y), x) for x, y, over in rows]
     return Move(scopes.rebuild(params, new), memory)
 
@@ -140,12 +140,6 @@ def _with_modulus(x: Array, length: Array) -> Array:
     if not jnp.iscomplexobj(x):
         return round_toward_zero(length * lax.stop_gradient(jnp.sign(widen(x, length.dtype))), x.dtype)
     return round_toward_zero(scale(x, length / jnp.where(x == 0, 1, jnp.abs(x))), x.dtype)
-
-
-def _apart(scopes: Scopes, cells: Cells) -> list[Array]:
-    """For each leaf its own numbers: leaves that share a vector share a kernel, which then copies."""
-    each: list[Array] = lax.optimization_barrier(scopes.per_leaf(cells))
-    return each
 
 
 def _as_it_is(x: Array) -> Array:
@@ -165,7 +159,9 @@ class _Cut(NamedTuple):
         """The entries, measured from some origins; read anew each time, so that none is written."""
         terms = self.wide(xs)
         for origin in origins:
-            terms = [t - o for t, o in zip(terms, _apart(self.scopes, origin), strict=True)]
+            terms = [
+                t - o for t, o in zip(terms, _gpu.unshared(self.scopes.per_leaf(origin)), strict=True)
+            ]
         return terms
 
 
