@@ -24,6 +24,8 @@ def as_dtype(x: Any, dtype: Any) -> Array:
 
 def widen(x: Array, dtype: Any) -> Array:
     """``x`` in the accumulator's precision, complex if ``x`` is."""
+    if x.dtype == dtype:
+        return x
     return x.astype(np.result_type(dtype, np.complex64) if jnp.iscomplexobj(x) else dtype)
 
 
@@ -32,7 +34,7 @@ def scale(x: Array, *factors: Array) -> Array:
     y = widen(x, factors[0].dtype)
     for factor in factors:
         y = lax.complex(y.real * factor, y.imag * factor) if jnp.iscomplexobj(y) else y * factor
-    return y.astype(x.dtype)
+    return y if y.dtype == x.dtype else y.astype(x.dtype)
 
 
 def power_of_two(x: Array) -> Array:

@@ -311,9 +311,14 @@ def total(scopes: Scopes, values: Cells, ord: Ord) -> Array:
 
 
 def all_finite(norms: Sequence[Norm]) -> Array:
-    """Is every entry finite? A finite norm beyond the dtype still has a finite root."""
-    finite = [jnp.all(jnp.isfinite(norm.root)) for norm in norms]
-    return all_devices_agree(functools.reduce(operator.and_, finite, jnp.array(True)))
+    """Is every entry finite? A finite norm beyond the dtype still has a finite root.
+
+    By a maximum, which travels between devices with those of other metrics.
+    """
+    faults = [
+        jnp.max((~jnp.isfinite(norm.root)).astype(norm.root.dtype), initial=0) == 0 for norm in norms
+    ]
+    return all_devices_agree(functools.reduce(operator.and_, faults, jnp.array(True)))
 
 
 def exponent(ord: Ord) -> float:
@@ -327,7 +332,7 @@ def _like(count: Any, x: Array) -> Array:
 def _power(x: Array, p: float) -> Array:
     """``|x|^p``, with derivatives of 0 at 0 in every order but the square's own."""
     if p == 2:
-        return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
+        return lax.mul(x, x) if not jnp.iscomplexobj(x) else x.real * x.real + x.imag * x.imag
     y = modulus(x)
     if p in (1, math.inf):
         return y

@@ -47,6 +47,7 @@ BY_NORM = Limits(8.05, 0.02)
 BY_UNIT = Limits(8.1, 0.05)
 IN_BOX = Limits(8.05, 0.05)
 ON_BALL = Limits(11.05, 1.05)
+ON_SIMPLEX = Limits(16.05, 2.05)
 BESIDE_WEIGHTS = Limits(9.15, 0.05)  # they are read for their norms
 
 LIMITS = {
@@ -85,40 +86,22 @@ LIMITS = {
     "norm_shell, leaf": ON_BALL,
     "norm_shell, unit": ON_BALL,
     "norm_shell, global": ON_BALL,
-}
-# Those that search for a root, by dtype: the loop's turns, which depend on the weights, are not in it.
-SEARCHES = {
-    "norm_ball, leaf, ord=1": {"float32": Limits(22.1, 2.55), "bfloat16": Limits(30.1, 3.55)},
-    "simplex, leaf": {"float32": Limits(21.1, 2.55), "bfloat16": Limits(30.1, 3.55)},
+    # The turns of the loop, which depend on the weights, are not in it.
+    "norm_ball, leaf, ord=1": ON_SIMPLEX,
+    "simplex, leaf": ON_SIMPLEX,
 }
 
-# What is not met, and why. On an H100 three sums over rows do not fit into the shared memory of one
-# kernel (3 x 16.5 KiB of 48), so units are read twice. The sums of what a box moved are not fused into
-# Adam's kernel in bfloat16 and on a TPU: it writes for them. In bfloat16 the sums of weights and updates
-# are written beside the updates. What comes after `scale_by_adam` has its update written for the norm.
+# What is not met, and why. The sums of what a box moved are not fused into Adam's kernel: in bfloat16 on
+# an H100, whose compiler counts Adam's arithmetic twice there and finds too much of it, and on a TPU, which
+# fuses one sum, not two. The update is written for them, and that of `scale_by_adam` for a norm.
 H100, TPU = compiled.CHIPS
 BOXES = ("box", "non_negative", "norm_ball, ord=inf", "init_box")
-UNIT_BALLS = ("norm_ball, unit", "norm_sphere, unit", "norm_shell, unit")
-OTHER_BALLS = (
-    "norm_ball, leaf",
-    "norm_ball, leaf, record=False",
-    "norm_ball, global",
-    "norm_shell, leaf",
-    "norm_shell, global",
-)
+WRITTEN = Limits(9.05, 0.55)
 MISSED = {
-    (H100, "clip_by_norm, unit"): dict.fromkeys(DTYPES, Limits(9.15, 0.05)),
-    (H100, "zscore, unit"): dict.fromkeys(DTYPES, Limits(9.15, 0.05)),
-    (H100, "adaptive_grad_clip"): dict.fromkeys(DTYPES, Limits(11.25, 0.05)),
+    **{(H100, name): {"bfloat16": WRITTEN} for name in BOXES},
+    **{(TPU, name): dict.fromkeys(DTYPES, WRITTEN) for name in BOXES},
     (H100, "clip_by_update_rms, after scale_by_adam"): dict.fromkeys(DTYPES, Limits(12.05, 1.05)),
     (TPU, "clip_by_update_rms, after scale_by_adam"): dict.fromkeys(DTYPES, Limits(9.05, 1.05)),
-    **{(H100, name): {"bfloat16": Limits(9.05, 1.05)} for name in BOXES},
-    **{(TPU, name): dict.fromkeys(DTYPES, Limits(9.05, 1.05)) for name in BOXES},
-    **{(H100, name): {"bfloat16": Limits(14.05, 2.05)} for name in OTHER_BALLS},
-    **{
-        (H100, name): {"float32": Limits(13.1, 1.05), "bfloat16": Limits(14.15, 2.05)}
-        for name in UNIT_BALLS
-    },
 }
 
 
@@ -160,12 +143,11 @@ def measured(chip: str, dtype: str, name: str) -> tuple[dict[str, float], list[_
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", [*LIMITS, *SEARCHES])
+@pytest.mark.parametrize("name", LIMITS)
 @pytest.mark.parametrize("chip", compiled.CHIPS)
 def test_limits(chip, name, dtype):
     counts, kernels = measured(chip, dtype, name)
-    wanted = SEARCHES[name][dtype] if name in SEARCHES else LIMITS[name]
-    most = MISSED.get((chip, name), {}).get(dtype, wanted)._asdict()
+    most = MISSED.get((chip, name), {}).get(dtype, LIMITS[name])._asdict()
     over = [f"{key} {counts[key]:.3f} > {most[key]}" for key in most if counts[key] > most[key]]
     assert not over, "\n".join([", ".join(over), *map(str, kernels[:6])])
 
@@ -199,17 +181,17 @@ REDUCES = {
     "running_quantile": 2,
     "skip_spikes": 2,
     "clip_by_norm, groups": 2,
-    "clip_by_norm, leaf": 4,
-    "clip_by_norm, unit": 5,
-    "adaptive_grad_clip": 6,
-    "adagc": 4,
-    "clip_by_value": 4,
-    "box": 4,
-    "norm_ball, leaf": 4,
-    "norm_ball, unit": 8,
-    "norm_ball, global": 4,
-    "norm_ball, leaf, ord=1": 14,  # the loops of two searches counted once
-    "simplex, leaf": 16,
+    "clip_by_norm, leaf": 2,
+    "clip_by_norm, unit": 4,
+    "adaptive_grad_clip": 4,
+    "adagc": 2,
+    "clip_by_value": 2,
+    "box": 2,
+    "norm_ball, leaf": 2,
+    "norm_ball, unit": 4,
+    "norm_ball, global": 2,
+    "norm_ball, leaf, ord=1": 8,  # a turn of the loop counted once
+    "simplex, leaf": 8,
 }
 
 

@@ -246,7 +246,7 @@ def normalize_by_norm(
 
 
 class Rescaled(NamedTuple):
-    """The leaves, each scope rescaled; which scopes were, and their norms after."""
+    """The leaves, each scope rescaled; which scopes were, and their norms after, if all is finite."""
 
     leaves: list[Array]
     over: Cells
@@ -279,8 +279,7 @@ def rescale(
     if nonfinite == "zero":
         moved = [lax.select(finite, y, jnp.zeros_like(y)) for y in moved]
     leaves = _cpu.select(list(xs), scopes.per_leaf(flags), moved)
-    after = [jnp.where(finite | (nonfinite != "zero"), plan.after, 0) for plan in plans]
-    return Rescaled(leaves, [plan.over for plan in plans], after)
+    return Rescaled(leaves, [plan.over for plan in plans], [plan.after for plan in plans])
 
 
 class _Plan(NamedTuple):
@@ -297,8 +296,8 @@ def _plan(norm: Norm, limit: Array, finite: Array, *, normalize: bool) -> _Plan:
     zeroed = over | (limit == 0)  # also what the device takes for a norm of 0
     first, second = norm.factors(jnp.where(zeroed, limit, 1))
     second = jnp.where(finite, second, jnp.nan)
-    after = jnp.where(finite, jnp.where(over, limit, norm.value), jnp.nan)
-    return _Plan((zeroed | ~finite, first, second), over & finite, after)
+    after = jnp.where(over, limit, norm.value)
+    return _Plan((zeroed | ~finite, first, second), over, after)
 
 
 def _measured_or_given(scopes: Scopes, xs: list[Array], ord: Ord, **named: Any) -> list[Norm]:
@@ -343,11 +342,13 @@ def _by_norm(
         bounds, memory = limits.update(Seen(scopes, norms, before, finite, params, ord), memory)
         clipped = rescale(scopes, xs, norms, bounds, finite, nonfinite=nonfinite, normalize=normalize)
 
+        def settled(norm: Array) -> Array:
+            return jnp.where(finite, norm, 0 if nonfinite == "zero" else jnp.nan)
+
         def report() -> Report:
-            after = total(scopes, clipped.after, ord)
-            parts = (
-                named.report(scopes, [n.value for n in norms], clipped.after, bounds) if named else {}
-            )
+            after = settled(total(scopes, clipped.after, ord))
+            each = [n.value for n in norms], list(map(settled, clipped.after))
+            parts = named.report(scopes, *each, bounds) if named else {}
             return clip_report(before, after, lowest(bounds), fraction(clipped.over), finite, parts)
 
         return scopes.rebuild(updates, clipped.leaves), memory, report

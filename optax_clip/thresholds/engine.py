@@ -224,7 +224,10 @@ def _in_dtypes_of(old: Any, new: Any) -> Any:
 
 
 def lowest(limits: Cells) -> Array:
-    """The smallest limit in force on any device, inf if there is no scope."""
-    each = [jnp.min(x, initial=jnp.inf) for x in limits]
-    each = all_reduce(each, [varying_axes(x) for x in each], lax.pmin)
-    return functools.reduce(jnp.minimum, each)
+    """The smallest limit in force on any device, inf if there is no scope.
+
+    By a maximum, which travels with those of other metrics if it is not in a kernel with their sums.
+    """
+    each = [jnp.max(-x, initial=-jnp.inf) for x in lax.optimization_barrier(limits)]
+    each = all_reduce(each, [varying_axes(x) for x in each], lax.pmax)
+    return -functools.reduce(jnp.maximum, each)
