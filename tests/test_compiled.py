@@ -91,9 +91,10 @@ LIMITS = {
     "simplex, leaf": ON_SIMPLEX,
 }
 
-# What is not met, and why. The sums of what a box moved are not fused into Adam's kernel: in bfloat16 on
-# an H100, whose compiler counts Adam's arithmetic twice there and finds too much of it, and on a TPU, which
-# fuses one sum, not two. The update is written for them, and that of `scale_by_adam` for a norm.
+# What is not met, and why. The sums of what a box moved are not fused into Adam's kernel: on an H100 in
+# bfloat16, since its compiler counts Adam's arithmetic twice there and finds it too much, and on a TPU,
+# since that fuses one sum, not two. The update is written for them. So is that of `scale_by_adam` for a
+# norm.
 H100, TPU = compiled.CHIPS
 BOXES = ("box", "non_negative", "norm_ball, ord=inf", "init_box")
 WRITTEN = Limits(9.05, 0.55)
