@@ -125,6 +125,18 @@ def sums_in_range(powers: Any, parts: list[tuple[Array, ...]]) -> tuple[list[Arr
     return cond(for_all(lax.stop_gradient(everywhere)), lambda: (plain, ones), again)
 
 
+def one_more(found: list[Array], steps: list[Array]) -> list[Array]:
+    """What a loop found, with the derivative of one more step; on CPU that step, as its sums are exact.
+
+    Inside a loop a CPU sums entry after entry, which costs digits.
+    """
+
+    def as_found(found: list[Array], steps: list[Array]) -> list[Array]:
+        return [straight_through(*pair) for pair in zip(found, steps, strict=True)]
+
+    return by_platform(found, steps, cpu=lambda found, steps: list(steps), default=as_found)
+
+
 def selected(_: None, xs: list[Array], flags: list[Array], ys: list[Array]) -> list[Array]:
     """The second of two choices where a flag says so, rounded to the dtype of the first.
 

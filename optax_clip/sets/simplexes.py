@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from optax_clip import _gpu, _settings, _validate
+from optax_clip import _cpu, _gpu, _settings, _validate
 from optax_clip._mesh import all_devices_agree
 from optax_clip._numerics import (
     accumulator,
@@ -170,14 +170,14 @@ def soft_threshold(cut: _Cut, xs: list[Array], totals: Cells) -> list[Array]:
     """``max(t - θ, 0)`` with θ such that each scope sums to its total.
 
     Entries are measured from the largest one, so a common offset costs no precision. The search is
-    constant to derivatives; one more of its steps has the derivative of θ.
+    constant to derivatives; one more of its steps has the derivative of θ, and on CPU its value.
     """
     fixed, goals = lax.stop_gradient((xs, totals))
     peaks = cut.scopes.max(cut.wide(fixed), initial=-jnp.inf)
     found = _newton(cut, fixed, peaks, goals)
     origins = [peaks, found.origins]
     steps, _ = _newton_step(cut, xs, origins, totals, found.thetas)
-    thetas = [straight_through(*pair) for pair in zip(found.thetas, steps, strict=True)]
+    thetas = _cpu.one_more(found.thetas, steps)
     return [jnp.maximum(d, 0) for d in cut.depths(xs, [*origins, thetas])]
 
 
@@ -193,42 +193,50 @@ def _newton_step(
 
 
 class _Search(NamedTuple):
-    """θ measured from an origin, the entries above at the last step, and which of two searches it is."""
+    """θ measured from an origin, the entries above at the last step, and how far the search is."""
 
     origins: Cells
     thetas: Cells
     counts: Cells
-    second: Array
-    done: Array
+    phase: Array  # 0: from below; 1: one step back, from what was found; 2: from below again; 3: done
 
 
 def _newton(cut: _Cut, xs: list[Array], peaks: Cells, goals: Cells) -> _Search:
-    """Newton's steps from below never pass θ nor go back, and end when no entry falls out any more.
+    """Newton's steps from below never pass θ nor go back, and end when the same entries are above.
 
     A second search is measured from what the first one found, as a rounding of θ counts for each entry
-    above it; its first step may go back.
+    above it; so its first step may have to go back.
     """
-    zeros, no = [peak * 0 for peak in peaks], jnp.array(False)
+    zeros = [peak * 0 for peak in peaks]
     nowhere = [zero + jnp.inf for zero in zeros]
 
     def body(at: _Search) -> _Search:
         moved, counts = _newton_step(cut, xs, [peaks, at.origins], goals, at.thetas)
-        # A rounding may take θ back, and an entry in and out for ever.
-        rows = zip(at.thetas, moved, at.counts, strict=True)
-        new = [jnp.where(last == jnp.inf, m, jnp.maximum(theta, m)) for theta, m, last in rows]
-        same = [jnp.all(~(c < n)) for c, n in zip(counts, at.counts, strict=True)]
+        same = [jnp.all(c == n) for c, n in zip(counts, at.counts, strict=True)]
         settled = all_devices_agree(functools.reduce(operator.and_, same))
-        again = settled & ~at.second
-
-        def after(found: Cells, otherwise: Cells) -> Cells:
-            return [jnp.where(again, x, y) for x, y in zip(found, otherwise, strict=True)]
-
+        back, again = at.phase == 1, settled & (at.phase == 0)
+        # A rounding may take θ back, and an entry in and out for ever.
+        new = _where(back, moved, [jnp.maximum(*pair) for pair in zip(at.thetas, moved, strict=True)])
         return _Search(
-            after(new, at.origins), after(zeros, new), after(nowhere, counts),
-            at.second | settled, settled & at.second,
+            _where(again, new, at.origins), _where(again, zeros, new),
+            _where(again | back, nowhere, counts), at.phase + (back | settled).astype(jnp.int32),
         )  # fmt: skip
 
-    starts = [zero - goal for zero, goal in zip(zeros, goals, strict=True)]
-    start = _Search(zeros, starts, nowhere, no, no)
-    found: _Search = lax.while_loop(lambda at: ~at.done, body, start)
+    start = _Search(zeros, _below(cut, xs, peaks, goals), nowhere, jnp.int32(0))
+    found: _Search = lax.while_loop(lambda at: at.phase < 3, body, start)
     return found
+
+
+def _below(cut: _Cut, xs: list[Array], peaks: Cells, goals: Cells) -> Cells:
+    """Newton's step from below all entries, kept where θ can be: from -goal to -goal / n."""
+    rows = zip(cut.scopes.sum(cut.wide(xs)), peaks, goals, cut.scopes.counts, strict=True)
+    starts = []
+    for total, peak, goal, n in rows:
+        number = jnp.maximum(jnp.asarray(n, peak.dtype), 1)
+        step = (total - goal) / number - peak
+        starts.append(jnp.minimum(jnp.maximum(step, -goal), -goal / number))
+    return starts
+
+
+def _where(flag: Array, xs: Cells, ys: Cells) -> Cells:
+    return [jnp.where(flag, x, y) for x, y in zip(xs, ys, strict=True)]
