@@ -45,26 +45,26 @@ def project(*args, **kwargs):
 # XLA joins those of all leaves, so their number does not count: there is one for each axis of the mesh
 # that splits a leaf, times how often one thing follows from another. A clip by norm measures once; so do
 # a clip by value, a box and a norm set, for the record. A unit then asks for the whole tree, for the
-# record. Order 1 and the simplex find a root: the second number holds what a Newton pass sends.
+# record. Order 1 and the simplex find a root: the second number holds what a pass of the search sends.
 TRANSFORMS = {
     "clip_by_global_norm": (lambda: oc.clip_by_global_norm(1.0), 2, 2),
     "clip_by_norm, leaf": (lambda: oc.clip_by_norm(1.0), 2, 2),
-    "clip_by_norm, unit": (lambda: oc.clip_by_norm(1.0, scope="unit"), 5, 1),
+    "clip_by_norm, unit": (lambda: oc.clip_by_norm(1.0, scope="unit"), 4, 1),
     "autoclip": (lambda: oc.autoclip(), 2, 2),
     "zclip": (lambda: oc.zclip(warmup=1), 2, 2),
     "adagc": (lambda: oc.adagc(warmup=2), 2, 2),
-    "adaptive_grad_clip": (lambda: oc.adaptive_grad_clip(), 6, 2),
+    "adaptive_grad_clip": (lambda: oc.adaptive_grad_clip(), 4, 2),
     "skip_spikes": (lambda: oc.skip_spikes(optax.identity(), oc.zscore(1.0, warmup=1)), 2, 2),
     "clip_by_value": (lambda: oc.clip_by_value(0.5), 2, 4),
     "box": (lambda: project(oc.box(-0.5, 0.5)), 2, 2),
     "norm_ball": (lambda: project(oc.norm_ball(1.0)), 2, 2),
     "norm_ball, global": (lambda: project(oc.norm_ball(1.0, scope="global")), 2, 2),
     "norm_ball, unit": (lambda: project(oc.norm_ball(1.0, scope="unit")), 4, 1),
-    "norm_ball, 1": (lambda: project(oc.norm_ball(1.0, ord=1)), 10, 12),
+    "norm_ball, 1": (lambda: project(oc.norm_ball(1.0, ord=1)), 8, 4),
     "norm_ball, inf": (lambda: project(oc.norm_ball(1.0, ord=math.inf)), 2, 4),
     "norm_sphere": (lambda: project(oc.norm_sphere(1.0)), 2, 2),
     "norm_shell": (lambda: project(oc.norm_shell(0.1, 1.0)), 2, 2),
-    "simplex": (lambda: project(oc.simplex(1.0)), 10, 8),
+    "simplex": (lambda: project(oc.simplex(1.0)), 8, 2),
     "mask_outward": (lambda: oc.mask_outward(oc.box(-0.5, 0.5)), 2, 0),
 }
 
