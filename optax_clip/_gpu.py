@@ -14,13 +14,11 @@ _THREADS = 2**17  # so many keep a GPU's memory busy
 
 
 def written_once(xs: list[Array]) -> list[Array]:
-    """Written to memory: what a norm and a projection read is else computed a second time."""
+    """Each written to memory: what a norm and a projection read is else computed a second time.
+
+    Leaves that read their numbers from one vector else share a kernel, whose second result is copied.
+    """
     return by_platform(xs, cuda=lambda xs: list(map(lax.optimization_barrier, xs)), default=list)
-
-
-def unshared(numbers: list[Array]) -> list[Array]:
-    """Numbers of each leaf: leaves that share a vector share a kernel, whose second result is copied."""
-    return by_platform(numbers, cuda=lax.optimization_barrier, default=list)
 
 
 def two_sums(x: Array, y: Array) -> tuple[Array, Array]:

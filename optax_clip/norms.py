@@ -315,10 +315,10 @@ def all_finite(norms: Sequence[Norm]) -> Array:
 
     By a maximum, which travels between devices with those of other metrics.
     """
-    faults = [
+    finite = [
         jnp.max((~jnp.isfinite(norm.root)).astype(norm.root.dtype), initial=0) == 0 for norm in norms
     ]
-    return all_devices_agree(functools.reduce(operator.and_, faults, jnp.array(True)))
+    return all_devices_agree(functools.reduce(operator.and_, finite, jnp.array(True)))
 
 
 def exponent(ord: Ord) -> float:

@@ -347,8 +347,10 @@ def _by_norm(
 
         def report() -> Report:
             after = settled(total(scopes, clipped.after, ord))
-            each = [n.value for n in norms], list(map(settled, clipped.after))
-            parts = named.report(scopes, *each, bounds) if named else {}
+            parts = {}
+            if named:
+                each = [n.value for n in norms], list(map(settled, clipped.after))
+                parts = named.report(scopes, *each, bounds)
             return clip_report(before, after, lowest(bounds), fraction(clipped.over), finite, parts)
 
         return scopes.rebuild(updates, clipped.leaves), memory, report

@@ -228,6 +228,6 @@ def lowest(limits: Cells) -> Array:
 
     By a maximum, which travels with those of other metrics if it is not in a kernel with their sums.
     """
-    each = [jnp.max(-x, initial=-jnp.inf) for x in lax.optimization_barrier(limits)]
+    each = [jnp.max(-x, initial=-jnp.inf) for x in map(lax.optimization_barrier, limits)]
     each = all_reduce(each, [varying_axes(x) for x in each], lax.pmax)
     return -functools.reduce(jnp.maximum, each)
