@@ -257,6 +257,33 @@ def test_one_device_alone_needs_the_careful_sum(size):
     assert_close(updates, expected)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **more: oc.clip_by_norm(oc.relative_to_params(0.1), scope="unit", **more),
+        lambda **more: project(oc.norm_ball(0.5, scope="unit", **more)),
+        lambda **more: project(oc.norm_ball(0.5, ord=1, scope="unit", **more)),
+        lambda **more: project(oc.simplex(1.0, scope="unit", **more)),
+    ],
+    ids=["clip, by a rule", "norm_ball", "norm_ball, 1", "simplex"],
+)
+def test_whole_units_on_each_device_beside_a_bias_in_parts(make):
+    """Limits, flags and turns of a search differ between devices, and the metrics are of all."""
+    random = np.random.default_rng(6)
+    grads, params = (
+        {"kernel": jnp.asarray(scale * random.normal(size=(4, 8)), jnp.float32), "bias": jnp.ones(8)}
+        for scale in (np.logspace(-1, 1, 8), np.logspace(1, 0, 8))
+    )
+    specs = {"kernel": P(None, "i"), "bias": P("i")}
+    tx, alone = make(axis_name=()), make()
+    step = jax.shard_map(
+        tx.update, mesh=rows_mesh(), in_specs=(specs, P(), specs), out_specs=(specs, P())
+    )
+    updates, state = jax.jit(step)(grads, tx.init(params), params)
+    expected = jax.jit(alone.update)(grads, alone.init(params), params)
+    assert_close((updates, oc.metrics(state)), _with_metrics(expected))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_mesh_axis_of_size_one(dtype):
     """A sum that keeps a dimension drops the name of a mesh axis of size 1 from it."""

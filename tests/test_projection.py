@@ -13,6 +13,7 @@ from hypothesis.extra.numpy import arrays
 
 import optax_clip
 import reference
+from optax_clip import _landing
 
 MILLION = 1_000_000
 HALF = [jnp.float16, jnp.bfloat16]
@@ -447,3 +448,17 @@ def test_bad_input_of_the_update():
         optax_clip.project({"a": {"w": jnp.ones(2, jnp.complex64)}}, optax_clip.box(0, 1))
     with pytest.raises(ValueError, match=r"scope=1 for leaf 'b' of shape \(3,\)"):
         optax_clip.project({"b": jnp.ones(3)}, optax_clip.norm_ball(1.0, scope=1))
+
+
+def test_sums_of_bfloat16_are_the_nearest():
+    """They are formed in float32, whose rounding before that to bfloat16 does no harm."""
+    random = np.random.default_rng(0)
+    p, u = (
+        jnp.asarray(random.normal(size=100_000) * 10 ** random.uniform(-4, 4, 100_000), jnp.bfloat16)
+        for _ in range(2)
+    )
+    found = jax.jit(_landing.add_as_apply_updates)(p, u)
+    np.testing.assert_array_equal(found, jax.jit(optax.apply_updates)(p, u))
+    exact, found = wide(p) + wide(u), wide(found)
+    _, exponents = np.frexp(found)
+    assert (np.abs(found - exact) <= np.ldexp(1.0, exponents - 9)).all()
