@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from optax_clip import _cpu, _gpu, _validate
+from optax_clip import _validate, _xla
 from optax_clip._mesh import all_reduce, axis_size, is_explicit, reduction_axes, replicated
 from optax_clip._validate import AxisName, Groups, Scope
 
@@ -192,7 +192,7 @@ class Scopes(NamedTuple):
             return found
         # A scope that cuts its cells has one alone.
         ends = [(where, where + 1, ()) if isinstance(where, int) else where for _, where in cut]
-        pieces = _cpu.pieces(tuple((start, stop) for start, stop, _ in ends), cells[0])
+        pieces = _xla.pieces(tuple((start, stop) for start, stop, _ in ends), cells[0])
         for (i, _), (*_, shape), piece in zip(cut, ends, pieces, strict=True):
             found[i] = piece.reshape(shape)
         return found
@@ -240,7 +240,7 @@ class Scopes(NamedTuple):
             return [self.sum(terms) for terms in ways]
         if any(isinstance(where, tuple) for _, where in self.homes):
             pairs = zip(self.axes, zip(*ways, strict=True), strict=True)
-            summed = [_gpu.sums_of_columns(axes, terms) for axes, terms in pairs]
+            summed = [_xla.sums_of_columns(axes, terms) for axes, terms in pairs]
             return [self.sum(terms) for terms in zip(*summed, strict=True)]
         scopes, first = _joined(self, ways[0])
         columns = zip(first, *(_joined(self, terms)[1] for terms in ways[1:]), strict=True)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from optax_clip import _cpu, _validate
+from optax_clip import _validate, _xla
 from optax_clip._mesh import all_devices_agree, all_reduce, varying_axes
 from optax_clip._numerics import accumulator, power_of_two, reciprocal, scale, widen
 from optax_clip._trees import Cells, Scopes, shape_of
@@ -200,7 +200,12 @@ def measure(
         return [Norm.of(top) for top in scopes.max([modulus(widen(read(*x), dtype)) for x in parts])]
     if p not in (1, 2):
         return _power_norms(scopes, [read(*x) for x in parts], p)
-    sums, scales = _sums_in_range(Powers(scopes, p, dtype, read), parts)
+    powers = Powers(scopes, p, dtype, read)
+    sums, scales = _xla.by_platform(
+        parts,
+        cpu=functools.partial(_xla.sums_in_range, powers),
+        default=functools.partial(_sums_in_range, powers),
+    )
     means = [
         s / jnp.maximum(_like(n, s), 1) if ord == "rms" else s
         for s, n in zip(sums, scopes.counts, strict=True)
@@ -244,7 +249,6 @@ class Powers(NamedTuple):
         return [(~(s <= info.max), s < _like(n, s) * floor) for s, n in pairs]
 
 
-@_cpu.instead(_cpu.sums_in_range)
 def _sums_in_range(powers: Powers, parts: list[tuple[Array, ...]]) -> tuple[Cells, Cells]:
     """The sums of one read: as they are, shrunk, grown; one of the three is in range."""
     wide = [powers.wide(*part) for part in parts]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from optax_clip import _cpu, _gpu, _validate
+from optax_clip import _validate, _xla
 from optax_clip._landing import add_as_apply_updates, land, reach
 from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes
 from optax_clip._numerics import accumulator, beyond, widen
@@ -166,7 +166,7 @@ def project_weights(
             return updates, kept, (jnp.float32(0), jnp.float32(0))
 
         due = True if each_step else turns % jnp.maximum(jnp.int32(every), 1) == 0
-        new, kept, moved = _cpu.cond(due, projected, untouched)
+        new, kept, moved = _xla.cond(due, projected, untouched)
         memory = kept if each_step else {"set": kept, "turns": turns}
         return new, memory, lambda: Report({"moves": moved}, {"turns": (True,)})
 
@@ -197,7 +197,7 @@ def redirect(
     """The updates that land in the set, its memory, how far the weights move and which share."""
     scopes, us = Scopes.of(updates, "leaf", constraint.axis_name, beside=params)
     if constraint.ends is None:
-        us = _gpu.written_once(us)
+        us = _xla.written_once(us)
     how = _How(constraint, scopes, record)
     way = _landed_and_measured if record and constraint.ends else _landed
     new, memory, moved = way(how, scopes.leaves_of(params, of="project_weights"), us, memory)
@@ -216,29 +216,30 @@ def _landed(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Landed:
     return new, move.memory, moved() if how.record else nothing
 
 
-@_cpu.instead(lambda how, *arrays: _measured_then_landed(how, *arrays))
 def _landed_and_measured(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Landed:
-    return _landed(how, ps, us, memory)
+    ways = (functools.partial(way, how) for way in (_measured_then_landed, _landed))
+    cpu, default = ways
+    return _xla.by_platform(ps, us, memory, cpu=cpu, default=default)
 
 
 def _measured_then_landed(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Landed:
     """On CPU: sums that read weights and updates alone, before the weights are overwritten."""
     bounds: Any = how.constraint.ends
-    ends, numbers = bounds(how.scopes.alone(ps), memory), [_cpu.constants(accumulator([p])) for p in ps]
+    ends, numbers = bounds(how.scopes.alone(ps), memory), [_xla.constants(accumulator([p])) for p in ps]
     rows = list(zip(*lax.stop_gradient((ps, us)), ends, strict=True))
     own, again = (
-        [_cpu.apart(p, u, *each, *own) for (p, u, each), own in zip(rows, numbers, strict=True)]
+        [_xla.apart(p, u, *each, *own) for (p, u, each), own in zip(rows, numbers, strict=True)]
         for _ in range(2)
     )
     gaps, marks = ([_outside(*each[:6]) for each in parts] for parts in (own, again))
     squares = [jnp.sum(gap * gap) for gap in gaps]
-    counts = [jnp.sum(_cpu.indicator(gap, *each[6:])) for gap, each in zip(marks, again, strict=True)]
+    counts = [jnp.sum(_xla.indicator(gap, *each[6:])) for gap, each in zip(marks, again, strict=True)]
     whole = functools.reduce(jnp.logical_and, (x == x for x in counts), jnp.array(True))
 
     def exactly() -> list[Array]:
         return [jnp.sum(~(_outside(p, u, *each) <= 0), dtype=accumulator([p])) for p, u, each in rows]
 
-    counts = _cpu.cond(_cpu.for_all(whole), lambda: counts, exactly)
+    counts = _xla.cond(_xla.for_all(whole), lambda: counts, exactly)
     each = map(lax.optimization_barrier, zip(us, squares, counts, strict=True))
     us, squares, counts = map(list, zip(*each, strict=True)) if us else ([], [], [])
     new, memory, _ = _landed(how._replace(record=False), ps, us, memory)
@@ -252,7 +253,7 @@ def _outside(p: Array, u: Array, *ends: Array) -> Array:
 def _moves(how: _How, ps: list[Array], reached: list[Array], new: list[Array]) -> tuple[Array, Array]:
     """From where the weights end up, as `optax.apply_updates` computes it, so that XLA does so once."""
     pairs = [
-        _gpu.two_sums(*lax.stop_gradient(_gap(s, p, v)))
+        _xla.two_sums(*lax.stop_gradient(_gap(s, p, v)))
         for s, p, v in zip(reached, ps, new, strict=True)
     ]
     squares, counts = zip(*pairs, strict=True) if pairs else ((), ())

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import optax_clip as oc
-from optax_clip import _cpu, norms
+from optax_clip import _xla, norms
 
 CLIPS = {
     "global": oc.clip_by_global_norm(1.0),
@@ -60,7 +60,7 @@ def test_optax_writes_the_clipped_tree(standard_promotion):
 
 
 def replaced(x, flag, y):
-    return _cpu.select([x], [flag], [y])[0]
+    return _xla.select([x], [flag], [y])[0]
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jitted"])
@@ -95,7 +95,7 @@ def test_replaced_has_the_derivative_of_a_choice():
 def test_an_indicator_is_one_or_zero():
     gaps = jnp.array([-jnp.inf, -1, -0.0, 0, 2.0**-126, 1e-30, 1, 3e38, jnp.inf, jnp.nan])
     expected = [0, 0, 0, 0, 1, 1, 1, 1, 1, jnp.nan]
-    np.testing.assert_array_equal(jax.jit(_cpu.indicator)(gaps, *_cpu.constants("float32")), expected)
+    np.testing.assert_array_equal(jax.jit(_xla.indicator)(gaps, *_xla.constants("float32")), expected)
 
 
 def test_small_leaves_are_joined_on_one_device(monkeypatch):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from optax_clip import _xla
 from optax_clip._numerics import power_of_two, scale
 
 Method = Literal["polar", "eigh"]
@@ -142,4 +143,4 @@ def by_platform(compute: Callable[..., Any], method: Method | None, x: Array, *o
     if methods["cpu"] == methods["default"]:
         return compute(x, *others, method=methods["default"])
     ways = {p: functools.partial(compute, method=way) for p, way in methods.items()}
-    return lax.platform_dependent(x, *others, **ways)
+    return _xla.by_platform(x, *others, **ways)

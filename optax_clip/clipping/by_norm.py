@@ -8,7 +8,7 @@ import optax
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from optax_clip import _cpu, _validate
+from optax_clip import _validate, _xla
 from optax_clip._numerics import accumulator, as_dtype, scale, widen
 from optax_clip._records import Report, fraction, transform
 from optax_clip._trees import Cells, Scopes
@@ -278,7 +278,7 @@ def rescale(
     ]
     if nonfinite == "zero":
         moved = [lax.select(finite, y, jnp.zeros_like(y)) for y in moved]
-    leaves = _cpu.select(list(xs), scopes.per_leaf(flags), moved)
+    leaves = _xla.select(list(xs), scopes.per_leaf(flags), moved)
     return Rescaled(leaves, [plan.over for plan in plans], [plan.after for plan in plans])
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from optax_clip import _cpu, _settings, _validate
+from optax_clip import _settings, _validate, _xla
 from optax_clip._mesh import all_reduce, reduction_axes
 from optax_clip._numerics import (
     accumulator,
@@ -109,7 +109,7 @@ def clip_by_value(
             (y != widen(x, y.dtype)) | (low == high)
             for x, y, (low, high) in zip(xs, inside, ends, strict=True)
         ]
-        clipped = _cpu.select(xs, flags, inside)
+        clipped = _xla.select(xs, flags, inside)
 
         def report() -> Any:
             threshold = _smallest(limits or _alone(lower, high), accumulator(xs))
@@ -206,18 +206,13 @@ def _statistics(
     lows, highs = ([each[i] for each in ends] for i in (0, 1))
     (after,) = measure(how.scopes, xs, None, lows, highs, read=_length)
     bounds = [outer_bounds(*each) for each in ends]
-    numbers = _cpu.constants(accumulator(xs))
+    numbers = _xla.constants(accumulator(xs))
     own = [read(x, *each, *numbers) for x, each in zip(lax.stop_gradient(xs), bounds, strict=True)]
     gaps = [indicator(_excess(*each[:5]), *each[5:]) for each in own]
     axes = [reduction_axes(how.axis_name, x) for x in xs]
     counts = all_reduce([jnp.sum(x, dtype=jnp.float32) for x in gaps], axes, lax.psum)
     outside = functools.reduce(jnp.add, counts, jnp.float32(0))
     return before.value, after.value, jnp.isnan(before.root), outside
-
-
-_statistics = _cpu.instead(functools.partial(_statistics, read=_cpu.apart, indicator=_cpu.indicator))(
-    _statistics
-)
 
 
 def _alone(lower: Any, high: Any) -> list[tuple[Any, Any]]:
@@ -236,6 +231,8 @@ def _smallest(limits: Sequence[tuple[Any, Any]], dtype: Any) -> Array:
 
 
 def _report(how: _Reading, xs: list[Array], ends: list[tuple[Array, Array]], threshold: Array) -> Report:
-    before, after, broken, outside = _statistics(how, xs, ends)
+    plain = functools.partial(_statistics, how)
+    on_cpu = functools.partial(plain, read=_xla.apart, indicator=_xla.indicator)
+    before, after, broken, outside = _xla.by_platform(xs, ends, cpu=on_cpu, default=plain)
     size = max(how.scopes.counts[0].item(), 1)
     return clip_report(before, after, threshold, outside / size, ~broken)

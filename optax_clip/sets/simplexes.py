@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from optax_clip import _cpu, _gpu, _settings, _validate
+from optax_clip import _settings, _validate, _xla
 from optax_clip._mesh import all_devices_agree
 from optax_clip._numerics import (
     accumulator,
@@ -84,7 +84,7 @@ def simplex(total: Setting = 1.0, *, scope: Scope = "leaf", axis_name: AxisName 
         scopes, xs, found = read(params)
         keeps = [_is_on(*each) for each in zip(*found, scopes.counts, strict=True)]
         new = soft_threshold(_Cut(scopes, _as_it_is), xs, found.totals)
-        kept = zip(xs, new, _gpu.written_once(scopes.per_leaf(keeps)), strict=True)
+        kept = zip(xs, new, _xla.written_once(scopes.per_leaf(keeps)), strict=True)
         return Move(
             scopes.rebuild(params, [_unless(keep, x, y.astype(x.dtype)) for x, y, keep in kept]), memory
         )
@@ -130,7 +130,7 @@ def l1_ball(bounds: NormBounds, params: optax.Params, memory: Any) -> Move:
         overs.append(over & ~bounds.free("radius", radius))
         totals.append(jnp.where(overs[-1], radius * (1 - inside), 1))
     lengths = soft_threshold(_Cut(scopes, modulus), xs, totals)
-    rows = zip(xs, lengths, _gpu.written_once(scopes.per_leaf(overs)), strict=True)
+    rows = zip(xs, lengths, _xla.written_once(scopes.per_leaf(overs)), strict=True)
     new = [lax.select(broadcast_like(over, x), _with_modulus(x, y), x) for x, y, over in rows]
     return Move(scopes.rebuild(params, new), memory)
 
@@ -159,7 +159,7 @@ class _Cut(NamedTuple):
         """The entries, measured from some origins; read anew each time, so that none is written."""
         terms = self.wide(xs)
         for origin in origins:
-            starts = _gpu.written_once(self.scopes.per_leaf(origin))
+            starts = _xla.written_once(self.scopes.per_leaf(origin))
             terms = [t - start for t, start in zip(terms, starts, strict=True)]
         return terms
 
@@ -176,7 +176,7 @@ def soft_threshold(cut: _Cut, xs: list[Array], totals: Cells) -> list[Array]:
     found = _newton(cut, fixed, peaks, goals)
     origins = [peaks, found.origins]
     steps, _ = _newton_step(cut, xs, origins, totals, found.thetas)
-    thetas = _cpu.one_more(found.thetas, steps)
+    thetas = _xla.one_more(found.thetas, steps)
     return [jnp.maximum(d, 0) for d in cut.depths(xs, [*origins, thetas])]
 
 

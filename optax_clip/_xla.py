@@ -1,4 +1,4 @@
-"""What XLA's CPU compiler has to be told; elsewhere stands the formula alone."""
+"""The only room that speaks of XLA: one seam for platforms, and what their compilers have to be told."""
 
 import functools
 import operator
@@ -13,33 +13,25 @@ from optax_clip._mesh import all_devices_agree
 from optax_clip._numerics import broadcast_like, scale, straight_through
 
 T = TypeVar("T")
+_THREADS = 2**17  # so many keep a GPU's memory busy
 
 
-def instead(special: Callable[..., T]) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """Give a formula another way that CPUs take: ``formula(static, *arrays)``, ``special`` likewise."""
-
-    def decorate(formula: Callable[..., T]) -> Callable[..., T]:
-        @functools.wraps(formula)
-        def either(static: Any, *arrays: Any) -> T:
-            leaves = jax.tree.leaves(arrays)
-            if any(isinstance(x, jax.core.Tracer) for x in leaves):
-                ways = functools.partial(special, static), functools.partial(formula, static)
-                result: T = lax.platform_dependent(*arrays, cpu=ways[0], default=ways[1])
-                return result
-            return (special if _platform(leaves) == "cpu" else formula)(static, *arrays)
-
-        return either
-
-    return decorate
-
-
-def by_platform(*arrays: Any, default: Callable[..., T], **special: Callable[..., T]) -> T:
-    """The way of the platform that the arrays are, or will be, on."""
+def by_platform(*arrays: Any, default: Callable[..., T], **ways: Callable[..., T]) -> T:
+    """The way of the platform that the arrays are, or will be, on: ``cpu``, ``cuda`` or another."""
     leaves = jax.tree.leaves(arrays)
     if any(isinstance(x, jax.core.Tracer) for x in leaves):
-        result: T = lax.platform_dependent(*arrays, default=default, **special)
+        result: T = lax.platform_dependent(*arrays, default=default, **ways)
         return result
-    return special.get(_platform(leaves), default)(*arrays)
+    return ways.get(_platform(leaves), default)(*arrays)
+
+
+def _platform(leaves: Sequence[Any]) -> str:
+    """What `lax.platform_dependent` calls the platform of concrete arrays: ``gpu`` is no name there."""
+    arrays = [x for x in leaves if isinstance(x, Array)]
+    device = next(iter(arrays[0].devices())) if arrays else jax.devices()[0]
+    if device.platform != "gpu":
+        return str(device.platform)
+    return "cuda" if "cuda" in device.client.platform_version.lower() else "rocm"
 
 
 Ends = tuple[tuple[int, int], ...]
@@ -54,17 +46,13 @@ def _by_hidden_starts(ends: Ends, vector: Array) -> list[Array]:
     ]
 
 
-@instead(_by_hidden_starts)
 def pieces(ends: Ends, vector: Array) -> list[Array]:
     """The parts of a vector."""
-    return [vector[start:stop] for start, stop in ends]
 
+    def plain(vector: Array) -> list[Array]:
+        return [vector[start:stop] for start, stop in ends]
 
-def _platform(leaves: Sequence[Any]) -> str:
-    for x in leaves:
-        if isinstance(x, Array):
-            return str(next(iter(x.devices())).platform)
-    return jax.default_backend()
+    return by_platform(vector, cpu=functools.partial(_by_hidden_starts, ends), default=plain)
 
 
 def cond(pred: Any, true_fun: Callable[[], T], false_fun: Callable[[], T]) -> T:
@@ -137,15 +125,6 @@ def one_more(found: list[Array], steps: list[Array]) -> list[Array]:
     return by_platform(found, steps, cpu=lambda found, steps: list(steps), default=as_found)
 
 
-def selected(_: None, xs: list[Array], flags: list[Array], ys: list[Array]) -> list[Array]:
-    """The second of two choices where a flag says so, rounded to the dtype of the first.
-
-    Neither a conversion to bfloat16 nor a choice between two such numbers is copied into each pass that
-    reads the result, but written to memory. Integers are copied, hence the bits.
-    """
-    return [_select_bits(x, flag, y) for x, flag, y in zip(xs, flags, ys, strict=True)]
-
-
 def _select_bits(x: Array, flag: Array, y: Array) -> Array:
     flag = broadcast_like(flag, x)
     plain = lax.select(flag, y.astype(x.dtype), x)
@@ -172,18 +151,89 @@ def constants(dtype: Any) -> tuple[Array, Array, Array]:
     return jnp.asarray(0, dtype), jnp.asarray(1, dtype), jnp.asarray(huge, dtype)
 
 
-def _selected(_: None, xs: list[Array], flags: list[Array], ys: list[Array]) -> list[Array]:
-    """The second of two choices where a flag says so, rounded to the dtype of the first."""
-    return [
-        lax.select(broadcast_like(flag, x), y.astype(x.dtype), x)
-        for x, flag, y in zip(xs, flags, ys, strict=True)
-    ]
-
-
-_select = instead(selected)(_selected)
-
-
 def select(xs: list[Array], flags: list[Array], ys: list[Array]) -> list[Array]:
-    """For each leaf the second of two choices where a flag says so, in the dtype of the first."""
-    rounds = any(x.dtype == jnp.bfloat16 for x in xs)
-    return (_select if rounds else _selected)(None, xs, flags, ys)
+    """For each leaf the second of two choices where a flag says so, in the dtype of the first.
+
+    On a CPU bfloat16 is chosen as integers: neither a conversion to bfloat16 nor a choice between two
+    such numbers is copied into each pass that reads the result, but written to memory. Integers are
+    copied.
+    """
+
+    def plain(xs: list[Array], flags: list[Array], ys: list[Array]) -> list[Array]:
+        each = zip(xs, flags, ys, strict=True)
+        return [lax.select(broadcast_like(flag, x), y.astype(x.dtype), x) for x, flag, y in each]
+
+    def by_bits(xs: list[Array], flags: list[Array], ys: list[Array]) -> list[Array]:
+        return [_select_bits(x, flag, y) for x, flag, y in zip(xs, flags, ys, strict=True)]
+
+    if not any(x.dtype == jnp.bfloat16 for x in xs):
+        return plain(xs, flags, ys)
+    return by_platform(xs, flags, ys, cpu=by_bits, default=plain)
+
+
+def written_once(xs: list[Array]) -> list[Array]:
+    """Each written to memory: what a norm and a projection read is else computed a second time.
+
+    Leaves that read their numbers from one vector else share a kernel, whose second result is copied.
+    """
+    return by_platform(xs, cuda=lambda xs: list(map(lax.optimization_barrier, xs)), default=list)
+
+
+def two_sums(x: Array, y: Array) -> tuple[Array, Array]:
+    """Two sums, as one of complex numbers: a second one splits an optimizer's kernel."""
+
+    def as_complex(x: Array, y: Array) -> tuple[Array, Array]:
+        both = jnp.sum(lax.complex(x, y))
+        return both.real, both.imag
+
+    def apart(x: Array, y: Array) -> tuple[Array, Array]:
+        return jnp.sum(x), jnp.sum(y)
+
+    return by_platform(x, y, cuda=as_complex, default=apart)
+
+
+def sums_of_columns(axes: tuple[int, ...], xs: Sequence[Array]) -> list[Array]:
+    """Several sums over the same axes, which are kept as size 1.
+
+    Three sums of columns do not fit into the shared memory of one kernel, which is then split and reads
+    twice. Sums of some rows at a time need none.
+    """
+
+    def plain(xs: list[Array]) -> list[Array]:
+        return [jnp.sum(x, axis=axes, keepdims=True) for x in xs]
+
+    first = xs[0]
+    axis = max(axes, key=lambda a: first.shape[a], default=0)
+    rows = min(first.size // _THREADS, first.shape[axis]) if axes else 0
+    if rows < 4 or first.ndim - 1 in axes:
+        return plain(list(xs))
+
+    def by_rows(xs: list[Array]) -> list[Array]:
+        return plain(lax.optimization_barrier(_windows(axis, rows, xs)))
+
+    return by_platform(list(xs), cuda=by_rows, default=plain)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _windows(axis: int, rows: int, xs: list[Array]) -> list[Array]:
+    """Sums of so many rows each, of all arrays in one loop, for which JAX has no derivative."""
+    zeros = [jnp.zeros((), x.dtype) for x in xs]
+    return list(lax.reduce_window(xs, zeros, _each_added, *_window(axis, rows, xs[0])))
+
+
+@_windows.defjvp
+def _windows_jvp(axis: int, rows: int, primals: Any, tangents: Any) -> tuple[list[Array], list[Array]]:
+    how = _window(axis, rows, primals[0][0])
+    moved = [lax.reduce_window(t, jnp.zeros((), t.dtype), lax.add, *how) for t in tangents[0]]
+    return _windows(axis, rows, *primals), moved
+
+
+def _each_added(xs: list[Array], ys: list[Array]) -> list[Array]:
+    return [x + y for x, y in zip(xs, ys, strict=True)]
+
+
+def _window(axis: int, rows: int, x: Array) -> tuple[Any, Any, Any]:
+    """Its sizes, its steps and the padding."""
+    sizes = [rows if a == axis else 1 for a in range(x.ndim)]
+    padding = [(0, -n % size) for n, size in zip(x.shape, sizes, strict=True)]
+    return sizes, sizes, padding

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_clip import _gpu
+from optax_clip import _xla
 
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(_gpu, "by_platform", lambda *xs, default, cuda: cuda(*xs))
+    monkeypatch.setattr(_xla, "by_platform", lambda *xs, default, cuda: cuda(*xs))
 
 
 RNG = np.random.default_rng(0)
@@ -29,7 +29,7 @@ SHAPES = [
 @pytest.mark.parametrize(("shape", "axes"), SHAPES)
 def test_sums_of_columns(shape, axes):
     xs = [RNG.normal(size=shape).astype(np.float32) ** 2 for _ in range(3)]
-    sums = jax.jit(_gpu.sums_of_columns, static_argnums=0)(axes, list(map(jnp.asarray, xs)))
+    sums = jax.jit(_xla.sums_of_columns, static_argnums=0)(axes, list(map(jnp.asarray, xs)))
     for x, got in zip(xs, sums, strict=True):
         want = np.sum(x, axis=axes, keepdims=True, dtype=np.float64)
         np.testing.assert_allclose(got, want, rtol=1e-6)
@@ -39,7 +39,7 @@ def test_sums_of_columns_have_derivatives():
     x = jnp.asarray(RNG.normal(size=(1100, 600)), jnp.float32)
 
     def loss(x):
-        squares, lengths = _gpu.sums_of_columns((0,), [x * x, jnp.abs(x)])
+        squares, lengths = _xla.sums_of_columns((0,), [x * x, jnp.abs(x)])
         return jnp.sum(squares) + jnp.sum(lengths)
 
     np.testing.assert_allclose(jax.grad(loss)(x), 2 * x + jnp.sign(x), rtol=1e-6)
@@ -47,17 +47,17 @@ def test_sums_of_columns_have_derivatives():
 
 def test_sums_of_columns_under_vmap():
     x = jnp.asarray(RNG.normal(size=(2, 1100, 600)), jnp.float32)
-    (got,) = jax.vmap(lambda x: _gpu.sums_of_columns((0,), [x]))(x)
+    (got,) = jax.vmap(lambda x: _xla.sums_of_columns((0,), [x]))(x)
     np.testing.assert_allclose(got, jnp.sum(x, axis=1, keepdims=True), atol=1e-4)
 
 
 def test_large_columns_are_summed_in_steps():
     """Else the cases above would compare a sum with itself."""
-    text = str(jax.make_jaxpr(lambda x: _gpu.sums_of_columns((0,), [x]))(jnp.zeros((2048, 1024))))
+    text = str(jax.make_jaxpr(lambda x: _xla.sums_of_columns((0,), [x]))(jnp.zeros((2048, 1024))))
     assert "reduce_window" in text
 
 
 def test_two_sums():
     xs = RNG.normal(size=(2, 30, 40)).astype(np.float32)
-    got = _gpu.two_sums(*map(jnp.asarray, xs))
+    got = _xla.two_sums(*map(jnp.asarray, xs))
     np.testing.assert_allclose(got, np.sum(xs, axis=(1, 2), dtype=np.float64), rtol=1e-5)
