@@ -25,7 +25,7 @@ from optax_clip._trees import Cells, Scopes
 from optax_clip._validate import AxisName, Scope
 from optax_clip._values import value_object
 from optax_clip.norms import modulus
-from optax_clip.sets.constraint import Constraint, Move, NormBounds, largest, margins, require_real
+from optax_clip.sets.constraint import Constraint, NormBounds, largest, margins, require_real
 
 __all__ = ["simplex"]
 
@@ -80,14 +80,13 @@ def simplex(total: Setting = 1.0, *, scope: Scope = "leaf", axis_name: AxisName 
         totals = _settings.per_scope(scopes, xs, sums, total=total)
         return scopes, xs, _Sums(sums, lowest, highest, totals)
 
-    def move(params: optax.Params, memory: Any) -> Move:
+    def move(params: optax.Params, memory: Any) -> tuple[optax.Params, Any]:
         scopes, xs, found = read(params)
         keeps = [_is_on(*each) for each in zip(*found, scopes.counts, strict=True)]
-        new = soft_threshold(_Cut(scopes, _as_it_is), xs, found.totals)
-        kept = zip(xs, new, _xla.written_once(scopes.per_leaf(keeps)), strict=True)
-        return Move(
-            scopes.rebuild(params, [_unless(keep, x, y.astype(x.dtype)) for x, y, keep in kept]), memory
-        )
+        cut = soft_threshold(_Cut(scopes, _as_it_is), xs, found.totals)
+        kept = zip(xs, cut, _xla.written_once(scopes.per_leaf(keeps)), strict=True)
+        new = [_unless(keep, x, y.astype(x.dtype)) for x, y, keep in kept]
+        return scopes.rebuild(params, new), memory
 
     def excess(params: optax.Params) -> Array:
         _, xs, found = read(params)
@@ -95,7 +94,7 @@ def simplex(total: Setting = 1.0, *, scope: Scope = "leaf", axis_name: AxisName 
         return largest([jnp.maximum(jnp.maximum(jnp.abs(s - t), -low), 0) for s, low, t in ends if xs])
 
     return Constraint(
-        lambda params: move(params, None).params, excess, shrinks=None, move=move, axis_name=axis_name
+        lambda params: move(params, None)[0], excess, shrinks=None, move=move, axis_name=axis_name
     )
 
 
@@ -119,7 +118,7 @@ def _unless(keep: Array, x: Array, moved: Array) -> Array:
     return lax.select(broadcast_like(keep, x), straight_through(x, moved), moved)
 
 
-def l1_ball(bounds: NormBounds, params: optax.Params, memory: Any) -> Move:
+def l1_ball(bounds: NormBounds, params: optax.Params, memory: Any) -> tuple[optax.Params, Any]:
     """The projection onto the ball of order 1: the absolute values onto a simplex, where outside."""
     scopes, xs, norms = bounds.cut(params)
     radii = bounds.read("radius", scopes, xs, [norm.root for norm in norms], memory)
@@ -132,7 +131,7 @@ def l1_ball(bounds: NormBounds, params: optax.Params, memory: Any) -> Move:
     lengths = soft_threshold(_Cut(scopes, modulus), xs, totals)
     rows = zip(xs, lengths, _xla.written_once(scopes.per_leaf(overs)), strict=True)
     new = [lax.select(broadcast_like(over, x), _with_modulus(x, y), x) for x, y, over in rows]
-    return Move(scopes.rebuild(params, new), memory)
+    return scopes.rebuild(params, new), memory
 
 
 def _with_modulus(x: Array, length: Array) -> Array:
