@@ -170,8 +170,10 @@ def project_weights(
         memory = kept if each_step else {"set": kept, "turns": turns}
 
         def report() -> Report:
-            share = {"share": [at_bounds(wanted, new, params, kept)]} if wanted.bounds else {}
-            return Report(share or {"moves": moves}, {"turns": (True,)})
+            if wanted.bounds is None:
+                return Report({"moves": moves}, {"turns": (True,)})
+            share = jnp.where(due, at_bounds(wanted, new, params, kept), 0)
+            return Report({"share": (share,)}, {"turns": (True,)})
 
         return new, memory, report
 
@@ -183,7 +185,7 @@ def project_weights(
 def at_bounds(
     constraint: Constraint, updates: optax.Updates, params: optax.Params, memory: Any
 ) -> Array:
-    """The share of the weights that a step leaves at a bound, or beyond one where it does not project.
+    """The share of the weights that a step leaves at a bound.
 
     Counted where `optax.apply_updates` writes them, so that XLA writes them once.
     """

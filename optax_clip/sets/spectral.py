@@ -163,10 +163,12 @@ class _Ball(NamedTuple):
     def nearest(self, params: optax.Params) -> optax.Params:
         """From `project`, which remembers no vector, 30 power iterations more."""
         if self.power_iterations is None:
-            return self.move(params, None)[0]
-        return self.move(params, self.init(params), more=30)[0]
+            inside, _ = self.move(params, None)
+        else:
+            inside, _ = self.move(params, self.init(params), more=30)
+        return inside
 
-    def move(self, params: optax.Params, memory: Any, more: int = 0) -> tuple[Any, Any]:
+    def move(self, params: optax.Params, memory: Any, more: int = 0) -> tuple[optax.Params, Any]:
         relative = isinstance(self.radius, Initial)
         scopes, leaves, found = self.matrices(params, memory)
         vectors = list(memory["vectors"] if relative and self.power_iterations else memory or ())
