@@ -185,7 +185,8 @@ def _limit(norms: Array, limit: ArrayLike) -> Array:
 
 
 def _remembers(rule: ThresholdRule) -> bool:
-    return bool(jax.tree.leaves(jax.eval_shape(rule.init, jnp.zeros(()))))
+    # A shape, not an array: what is made before the devices are chosen may not choose them.
+    return bool(jax.tree.leaves(jax.eval_shape(rule.init, jax.ShapeDtypeStruct((), jnp.float32))))
 
 
 def _told(seen: Seen, states: Any) -> tuple[Cells, Array]:
