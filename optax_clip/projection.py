@@ -175,17 +175,18 @@ def project_weights(
 
 
 class _How(NamedTuple):
-    """Static: where to, of which tree, and whether to say how far."""
+    """Static: where to, of which tree, whether to say how far, and the shapes of all weights."""
 
     constraint: Constraint
     scopes: Scopes
     record: bool
+    params: Any
 
     def nearest(self, reached: list[Array], memory: Any) -> Move:
         tree = self.scopes.alone(reached)
         if self.constraint.move is None:
             return Move(self.constraint(tree), memory)
-        return self.constraint.move(tree, memory)
+        return self.constraint.move(tree, memory, self.params)
 
 
 Landed = tuple[list[Array], Any, tuple[Array, Array]]
@@ -198,7 +199,7 @@ def redirect(
     scopes, us = Scopes.of(updates, "leaf", constraint.axis_name, beside=params)
     if constraint.ends is None:
         us = _xla.written_once(us)
-    how = _How(constraint, scopes, record)
+    how = _How(constraint, scopes, record, params)
     way = _landed_and_measured if record and constraint.ends else _landed
     new, memory, moved = way(how, scopes.leaves_of(params, of="project_weights"), us, memory)
     return scopes.rebuild(updates, new), memory, moved

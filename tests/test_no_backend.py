@@ -1,4 +1,4 @@
-"""What is made before the devices are chosen, by `jax.distributed.initialize` or a flag, chooses none."""
+"""What is made before the devices are chosen, by `jax.distributed.initialize` or a flag, picks none."""
 
 import os
 import subprocess

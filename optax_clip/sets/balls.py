@@ -218,7 +218,7 @@ def _norm_set(
         return largest([jnp.maximum(gap, 0) for gap in gaps])
 
     constraint = Constraint(
-        lambda params: move(params, None).params, excess,
+        lambda params: move(params, None, None).params, excess,
         shrinks=shrinks, move=move, axis_name=bounds.axis_name,
     )  # fmt: skip
     if not bounds.remembers:
@@ -255,11 +255,11 @@ def _plan(norm: Norm, n: Any, low: Array, high: Array, *, sphere: bool) -> _Plan
 
 
 def _by_norm(
-    bounds: NormBounds, params: optax.Params, memory: Any,
+    bounds: NormBounds, params: optax.Params, memory: Any, beside: Any,
     *, lower: str = "", upper: str = "radius", sphere: bool = False,
 ) -> Move:  # fmt: skip
     """Rescale each scope whose norm is outside [lower, upper]."""
-    scopes, xs, norms = bounds.cut(params)
+    scopes, xs, norms = bounds.cut(params, beside)
     roots = [norm.root for norm in norms]
     highs = bounds.read(upper, scopes, xs, roots, memory)
     lows = bounds.read(lower, scopes, xs, roots, memory) if lower else [jnp.zeros_like(h) for h in highs]
@@ -286,9 +286,9 @@ def _move(x: Array, move: Array, over: Array, first: Array, second: Array, *, sp
     return lax.select(broadcast_like(move, x), moved, x)
 
 
-def _max_ball(bounds: NormBounds, params: optax.Params, memory: Any) -> Move:
+def _max_ball(bounds: NormBounds, params: optax.Params, memory: Any, beside: Any) -> Move:
     """Each entry within the largest one that its scope had at the start."""
-    scopes, xs, norms = bounds.cut(params)
+    scopes, xs, norms = bounds.cut(params, beside)
     highs = bounds.read("radius", scopes, xs, [norm.root for norm in norms], memory)
     highs = [jnp.where(bounds.free("radius", high), jnp.inf, high) for high in highs]
     new = [_within(x, high) for x, high in zip(xs, scopes.per_leaf(highs), strict=True)]

@@ -206,7 +206,8 @@ def _entrywise(bounds: Callable[..., Bounded], axis_name: AxisName) -> Constrain
         gaps = [beyond(x, *each) for x, each in zip(xs, ends(params), strict=True)]
         return largest(gaps, axis_name)
 
-    def move(params: optax.Params, memory: Any) -> Move:
+    def move(params: optax.Params, memory: Any, beside: Any) -> Move:
+        del beside
         return Move(nearest(params, memory), memory)
 
     return Constraint(nearest, excess, move=move, ends=ends, axis_name=axis_name)

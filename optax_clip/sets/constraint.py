@@ -16,7 +16,7 @@ from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes, 
 from optax_clip._numerics import accumulator, widen
 from optax_clip._settings import Initial, Setting
 from optax_clip._trees import Cells, Scopes
-from optax_clip._validate import AxisName, Ord, Scope
+from optax_clip._validate import AxisName, Groups, Ord, Scope
 from optax_clip.norms import Norm, measure, total
 
 __all__ = ["Constraint", "initial"]
@@ -51,7 +51,9 @@ class Constraint(NamedTuple):
         shrinks: on which side of its target an update ends up that misses it by a rounding. True: nearer
             to 0, for sets that stay sets when entries shrink. False: further inside. None: on either,
             for sets without an inside, like a sphere.
-        move: ``(params, memory) -> Move`` for a set that remembers or knows how far it moves.
+        move: ``(params, memory, beside) -> Move`` for a set that remembers or knows how far it moves.
+            ``beside`` are the weights that ``init`` saw, of which ``params`` may have None for some; None
+            where there is no memory.
         init: ``params -> memory``, what `project_weights` keeps for a set that remembers.
         ends: ``(tree, memory) -> list``, the bounds of each leaf, for a set that bounds each entry.
         axis_name: mapped axes that the metrics are summed over, as in `global_norm`.
@@ -72,7 +74,7 @@ class Constraint(NamedTuple):
     nearest: Callable[[optax.Params], optax.Params]
     excess: Callable[[optax.Params], Array]
     shrinks: bool | None = False
-    move: Callable[[optax.Params, Any], Move] | None = None
+    move: Callable[[optax.Params, Any, Any], Move] | None = None
     init: Callable[[optax.Params], Any] | None = None
     ends: Callable[[optax.Params, Any], list[tuple[Array, ...]]] | None = None
     axis_name: AxisName = None
@@ -135,8 +137,12 @@ class NormBounds(NamedTuple):
         return any(isinstance(value, Initial) for value in self.settings.values())
 
     def init(self, params: optax.Params) -> dict[str, Array]:
-        """The norms at the start, one vector for each bound that is relative to them."""
-        scopes, xs = Scopes.of(params, self.scope, axis_name=())
+        """The norms at the start, one vector for each bound that is relative to them.
+
+        Where leaves share a norm it is kept leaf by leaf, as not all of them may have an update.
+        """
+        shared = self.scope == "global" or isinstance(self.scope, Groups)
+        scopes, xs = Scopes.of(params, "leaf" if shared else self.scope, axis_name=())
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in xs):
             norms = jnp.full(scopes.memory, jnp.nan, jnp.float32)
         else:
@@ -144,8 +150,8 @@ class NormBounds(NamedTuple):
         names = [name for name, value in self.settings.items() if isinstance(value, Initial)]
         return place_like({name: jnp.copy(norms) for name in names}, params)
 
-    def cut(self, params: optax.Params) -> tuple[Scopes, list[Array], list[Norm]]:
-        scopes, xs = Scopes.of(params, self.scope, self.axis_name)
+    def cut(self, params: optax.Params, beside: Any = None) -> tuple[Scopes, list[Array], list[Norm]]:
+        scopes, xs = Scopes.of(params, self.scope, self.axis_name, beside=beside)
         return scopes, xs, measure(scopes, xs, self.ord)
 
     def read(self, name: str, scopes: Scopes, xs: Sequence[Array], like: Cells, memory: Any) -> Cells:
@@ -153,12 +159,22 @@ class NormBounds(NamedTuple):
         value: Any = self.settings[name]
         if not isinstance(value, Initial):
             return _settings.per_scope(scopes, xs, like, **{name: value})
-        norms = [x.astype(y.dtype) for x, y in zip(scopes.split(memory[name], like), like, strict=True)]
+        norms = _at_start(scopes, memory[name], like, self.ord)
+        norms = [x.astype(y.dtype) for x, y in zip(norms, like, strict=True)]
         return [jnp.maximum(jnp.asarray(value.kappa, x.dtype), 0) * x for x in norms]
 
     def free(self, name: str, bound: Array) -> Array:
         """Is a scope left free, since it was 0 at the start?"""
         return (bound == 0) & isinstance(self.settings[name], Initial)
+
+
+def _at_start(scopes: Scopes, memory: Array, like: Cells, ord: Ord) -> Cells:
+    """The norms at the start of what is there now."""
+    if not scopes.is_global and scopes.labels is None:
+        return scopes.split(memory, like)
+    leaves = [memory[i] for i in scopes.places]
+    whole = scopes._replace(axes=((),) * len(leaves), mapped=((),) * len(leaves))
+    return [norm.value for norm in measure(whole, leaves, ord)]
 
 
 def no_start(name: str, value: Any) -> Callable[[optax.Params], Any]:

@@ -163,10 +163,11 @@ class _Ball(NamedTuple):
     def nearest(self, params: optax.Params) -> optax.Params:
         """From `project`, which remembers no vector, 30 power iterations more."""
         if self.power_iterations is None:
-            return self.move(params, None).params
-        return self.move(params, self.init(params), more=30).params
+            return self.move(params, None, None).params
+        return self.move(params, self.init(params), None, more=30).params
 
-    def move(self, params: optax.Params, memory: Any, more: int = 0) -> Move:
+    def move(self, params: optax.Params, memory: Any, beside: Any, more: int = 0) -> Move:
+        del beside
         relative = isinstance(self.radius, Initial)
         scopes, leaves, found = self.matrices(params, memory)
         vectors = list(memory["vectors"] if relative and self.power_iterations else memory or ())
