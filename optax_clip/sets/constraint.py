@@ -52,8 +52,8 @@ class Constraint(NamedTuple):
             to 0, for sets that stay sets when entries shrink. False: further inside. None: on either,
             for sets without an inside, like a sphere.
         move: ``(params, memory, beside) -> Move`` for a set that remembers or knows how far it moves.
-            ``beside`` are the weights that ``init`` saw, of which ``params`` may have None for some; None
-            where there is no memory.
+            ``beside`` are all weights, as ``init`` saw them; those without an update are None in
+            ``params``.
         init: ``params -> memory``, what `project_weights` keeps for a set that remembers.
         ends: ``(tree, memory) -> list``, the bounds of each leaf, for a set that bounds each entry.
         axis_name: mapped axes that the metrics are summed over, as in `global_norm`.
