@@ -15,6 +15,7 @@ from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes
 from optax_clip._numerics import accumulator, beyond, widen
 from optax_clip._records import Report, increment, transform
 from optax_clip._trees import Scopes, is_inexact
+from optax_clip._values import owned
 from optax_clip.sets.constraint import Constraint, Move, as_constraint
 
 __all__ = ["project", "project_weights", "violation"]
@@ -144,6 +145,7 @@ def project_weights(
     """
     wanted = as_constraint(constraint)
     _validate.integer(1, every=every)
+    every = owned(every)
     _validate.record(record)
     always = not _validate.is_traced(every) and int(every) == 1
 

@@ -8,23 +8,27 @@ import pytest
 
 import optax_clip as oc
 
+
+def negative(tree):
+    return jax.tree.map(lambda x: -x, tree)
+
+
+def clipped(updates, tx):
+    return tx.update(updates, None)[0]
+
+
 # Each setting of the package, as (setting, weights) -> weights; as numbers from 1 up.
 SETTINGS = {
     "box": lambda s, w: oc.project(w, oc.box(0.0, s)),
-    "box, lower": lambda s, w: jax.tree.map(
-        jnp.negative,
-        oc.project(jax.tree.map(jnp.negative, w), oc.box(jax.tree.map(lambda x: -x, s), 0.0)),
-    ),
+    "box, lower": lambda s, w: negative(oc.project(negative(w), oc.box(negative(s), 0.0))),
     "norm_ball": lambda s, w: oc.project(w, oc.norm_ball(s)),
     "norm_ball, 1": lambda s, w: oc.project(w, oc.norm_ball(s, ord=1)),
     "norm_ball, inf": lambda s, w: oc.project(w, oc.norm_ball(s, ord=np.inf)),
     "norm_sphere": lambda s, w: oc.project(w, oc.norm_sphere(s)),
     "norm_shell": lambda s, w: oc.project(w, oc.norm_shell(0.0, s)),
     "simplex": lambda s, w: oc.project(w, oc.simplex(s)),
-    "clip_by_value": lambda s, w: oc.clip_by_value(s, record=False).update(w, None)[0],
-    "clip_by_value, lower": lambda s, w: oc.clip_by_value(s, lower=-1.0, record=False).update(w, None)[
-        0
-    ],
+    "clip_by_value": lambda s, w: clipped(w, oc.clip_by_value(s, record=False)),
+    "clip_by_value, lower": lambda s, w: clipped(w, oc.clip_by_value(s, lower=-1.0, record=False)),
 }
 SETTING = pytest.mark.parametrize("setting", SETTINGS)
 
@@ -73,10 +77,8 @@ def test_a_number_too_many_is_named(setting, given, weights, named):
 @pytest.mark.parametrize("left_out", [None, optax.MaskedNode(), {}], ids=["None", "masked", "empty"])
 def test_a_number_for_what_a_mask_left_out_is_none_too_many(left_out):
     limits = {"a": {"b": 1.0, "c": 2.0}, "d": 3.0}
-    clipped, _ = oc.clip_by_value(limits, record=False).update(
-        {"a": left_out, "d": jnp.array([9.0])}, None
-    )
-    assert clipped["d"] == 3.0
+    updates = {"a": left_out, "d": jnp.array([9.0])}
+    assert clipped(updates, oc.clip_by_value(limits, record=False))["d"] == 3.0
 
 
 def test_numbers_for_all_weights_inside_masks_and_parts():
@@ -132,3 +134,64 @@ def test_a_module_without_numbers_and_a_partial_are_functions():
 def test_bounds_in_one_kind_of_tree_and_in_another_are_ordered():
     with pytest.raises(ValueError, match="lower"):
         oc.box({"w": 2.0}, Net(1.0))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: oc.box(-x, x),
+        lambda x: oc.box(-1.0, {"w": x}),
+        lambda x: oc.norm_ball({"w": x[:1]}),
+        lambda x: oc.norm_ball(x[:1], ord=1),
+        lambda x: oc.norm_ball(x, ord=np.inf),
+        lambda x: oc.norm_sphere([x[:1]]),
+        lambda x: oc.norm_shell(x[:1], x[:1]),
+        lambda x: oc.simplex((x[:1],)),
+        lambda x: oc.spectral_ball(x.reshape(2)[:1]),
+    ],
+)
+def test_a_set_keeps_what_numpy_gave_it(make):
+    """Else a set that is equal to its old self, and a key of compiled programs, means something else."""
+    x = np.ones(2)
+    given, same, expected = make(x), make(x), make(np.ones(2))
+    hash(given)  # as a set that has been used has been; the other one has not
+    x *= 5
+    assert given == expected and same == expected and given != make(x)
+
+
+def test_containers_are_kept_as_they_were():
+    bounds = {"w": 1.0}
+    given = oc.box(0.0, bounds)
+    bounds["w"] = 5.0
+    assert given == oc.box(0.0, {"w": 1.0})
+    assert oc.project({"w": jnp.array(9.0)}, given)["w"] == 1.0
+
+
+NUMBERS = {
+    "limit": lambda x: oc.clip_by_value(x),
+    "lower": lambda x: oc.clip_by_value(x, lower=-x),
+    "tree": lambda x: oc.clip_by_value([x]),
+    "threshold": lambda x: oc.clip_by_norm(x),
+    "norm": lambda x: oc.normalize_by_norm(x),
+    "groups": lambda x: oc.clip_by_norm({"all": x}, scope=oc.groups(lambda path, leaf: "all")),
+    "ratio": lambda x: oc.clip_by_norm(oc.relative_to_params(x)),
+    "singular values": lambda x: oc.clip_singular_values(x),
+    "spikes": lambda x: oc.skip_spikes(optax.identity(), x),
+    "losses": lambda x: oc.skip_spikes(optax.identity(), 1e9, value_rule=x),
+    "box": lambda x: oc.project_weights(oc.box(-x, x)),
+    "initial": lambda x: oc.project_weights(oc.norm_ball(oc.initial(x))),
+    "qk": lambda x: oc.qk_clip(lambda path, leaf, eta: eta, max_logit=x),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_transform_keeps_what_numpy_gave_it(name):
+    def step(change):
+        x = np.array(1.0, np.float32)
+        tx = NUMBERS[name](x)
+        x += change
+        extra = {"value": 4.0, "max_logits": jnp.array(4.0)}
+        updates, weights = [jnp.full((1, 1), 4.0)], [jnp.ones((1, 1))]
+        return tx.update(updates, tx.init(weights), weights, **extra)[0][0]
+
+    assert step(change=100.0) == step(change=0.0) != 4.0

@@ -26,6 +26,7 @@ from optax_clip._records import Report, increment, transform
 from optax_clip._settings import Initial, Setting
 from optax_clip._trees import Scopes
 from optax_clip._validate import AxisName
+from optax_clip._values import owned
 from optax_clip.clipping._reports import clip_report
 from optax_clip.norms import measure
 from optax_clip.thresholds.engine import ThresholdRule
@@ -82,6 +83,7 @@ def clip_by_value(
     _validate.axis_name(axis_name=axis_name)
     _validate.record(record)
     _check_kind(limit)
+    lower, limit = owned((lower, limit))
     scheduled = _settings.is_formula(limit)
     if scheduled and lower is not None:
         raise TypeError(f"Expected a number as limit beside lower, got limit={limit!r}.")

@@ -15,6 +15,7 @@ from optax_clip._numerics import accumulator, as_dtype
 from optax_clip._records import increment
 from optax_clip._trees import Cells, Scopes
 from optax_clip._validate import Groups, Ord
+from optax_clip._values import owned
 from optax_clip.norms import Norm, measure
 
 __all__ = ["ThresholdRule"]
@@ -177,7 +178,8 @@ def as_rule(**named: Any) -> ThresholdRule:
 
         return _Given(lambda norms: {"step": jnp.zeros((), jnp.int32)}, follow)
     _validate.at_least(0, **named)
-    return _Given(lambda norms: (), lambda norms, state, *_: (_limit(norms, threshold), state))
+    number = owned(threshold)
+    return _Given(lambda norms: (), lambda norms, state, *_: (_limit(norms, number), state))
 
 
 def _limit(norms: Array, limit: ArrayLike) -> Array:
