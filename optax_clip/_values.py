@@ -116,7 +116,10 @@ def owned(x: T) -> T:
     def copied(y: Any) -> Any:
         return y.copy() if isinstance(y, np.ndarray) else y
 
-    copies: T = jax.tree.map(copied, x, is_leaf=_is_value)
+    try:
+        copies: T = jax.tree.map(copied, x, is_leaf=_is_value)
+    except ValueError:  # keys that JAX cannot sort
+        return x
     return copies
 
 
