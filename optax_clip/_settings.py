@@ -208,7 +208,7 @@ def per_scope(scopes: Scopes, xs: Sequence[Array], like: Cells, **named: Any) ->
             raise ValueError(
                 f'Expected {name} to be one number with scope="global" or groups, got {got}.'
             )
-        return [_bound(value, dtype)]
+        return [jnp.broadcast_to(_bound(value, dtype), like[0].shape)]
     values = [_bound(x, dtype) for x in per_leaf(scopes, xs, scopes.shapes, **named)]
     parts = []
     for (_, where), x, shape in zip(scopes.homes, values, scopes.shapes, strict=True):

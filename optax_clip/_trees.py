@@ -391,9 +391,9 @@ def _mapped(path: str, x: Any, axes: tuple[int, ...], axis_name: AxisName) -> tu
 
 def _count(pairs: list[tuple[Any, int]], length: int) -> Any:
     """The entries of each scope in a cell, from those of its homes."""
-    if pairs[0][0] is None:
+    if pairs and pairs[0][0] is None:
         return np.asarray(pairs[0][1])
-    if isinstance(pairs[0][0], tuple):
+    if not pairs or isinstance(pairs[0][0], tuple):
         return np.asarray([n for _, n in pairs])
     counts = np.zeros(length, int)
     for row, n in pairs:
