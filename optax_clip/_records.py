@@ -1,6 +1,7 @@
 """What a transform writes into its state for `metrics` to read; nowhere else is its layout known."""
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -134,6 +135,27 @@ def _nested(entries: Mapping[str, Any]) -> dict[str, Any]:
             inner = inner.setdefault(key, {})
         inner[last] = value
     return tree
+
+
+def distinct(names: Sequence[str], field: str) -> list[str]:
+    """Names below which an entry has a place of its own: those that meet are numbered.
+
+    Keys may hold a "/", so that two leaves have one path, or one path ends inside another's entry.
+    """
+    given, found = set(names), []
+    entries: set[tuple[str, ...]] = set()
+    above: set[tuple[str, ...]] = set()
+    for name in names:
+        numbered = (f"{name}_{n}" for n in itertools.count(1) if f"{name}_{n}" not in given)
+        for each in itertools.chain([name], numbered):
+            entry = (*each.split("/"), field)
+            places = [entry[:k] for k in range(1, len(entry) + 1)]
+            if entry not in above and entries.isdisjoint(places):
+                break
+        entries.add(entry)
+        above.update(places)
+        found.append(each)
+    return found
 
 
 def _written(last: dict[str, Any], name: str, report: Report) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def where(predicate: Callable[[str, Any], bool]) -> Callable[[Any], Any]:
     if not callable(predicate):
         raise TypeError(f"Expected predicate to be callable, got predicate={predicate!r}.")
 
-    seen: list[list[str]] = []
+    seen: list[Any] = []
 
     def mask(tree: Any) -> Any:
         paths, leaves, treedef = flatten(tree)

@@ -15,6 +15,7 @@ from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes
 from optax_clip._numerics import accumulator, clamp, widen
 from optax_clip._records import Report, increment, transform
 from optax_clip._trees import Scopes, is_inexact
+from optax_clip._values import owned
 from optax_clip.sets.constraint import Constraint, as_constraint
 
 __all__ = ["project", "project_weights", "violation"]
@@ -144,6 +145,7 @@ def project_weights(
     """
     wanted = as_constraint(constraint)
     _validate.integer(1, every=every)
+    every = owned(every)
     _validate.record(record)
     always = not _validate.is_traced(every) and int(every) == 1
 
@@ -193,7 +195,7 @@ def at_bounds(
     ps = scopes.leaves_of(params, of="project_weights")
     bounds: Any = constraint.bounds
     ends: list[Any] = [optax.apply_updates(p, u) for p, u in zip(ps, us, strict=True)]
-    pairs = zip(ends, bounds(scopes.alone(ps), memory), strict=True)
+    pairs = zip(ends, bounds(scopes.alone(ps), memory, params), strict=True)
     counts = [_xla.count_outside(end, *_reached(end, *pair), at=True) for end, pair in pairs]
     (number,) = _over_all(constraint.axis_name, ps, counts)
     return number / _entries(constraint.axis_name, ps)
@@ -209,11 +211,12 @@ Landed = tuple[list[Array], Any, Sequence[Array]]
 
 
 class _How(NamedTuple):
-    """Static: where to, of which tree, and whether to say how far."""
+    """Static: where to, of which tree, whether to say how far, and the shapes of all weights."""
 
     constraint: Constraint
     scopes: Scopes
     record: bool
+    params: Any
 
 
 def redirect(
@@ -224,7 +227,7 @@ def redirect(
     Neither is told of a set that bounds each entry.
     """
     scopes, us = Scopes.of(updates, "leaf", constraint.axis_name, beside=params)
-    how = _How(constraint, scopes, record)
+    how = _How(constraint, scopes, record, params)
     way = _into_bounds if constraint.bounds else _rescaled if constraint.factors else _moved
     new, memory, moved = way(how, scopes.leaves_of(params, of="project_weights"), us, memory)
     return scopes.rebuild(updates, new), memory, moved
@@ -234,7 +237,7 @@ def _into_bounds(how: _How, ps: list[Array], us: list[Array], memory: Any) -> La
     """Entry by entry, in the pass that makes the updates."""
     bounds: Any = how.constraint.bounds
     new = []
-    for p, u, ends in zip(ps, us, bounds(how.scopes.alone(ps), memory), strict=True):
+    for p, u, ends in zip(ps, us, bounds(how.scopes.alone(ps), memory, how.params), strict=True):
         reached = reach(p, u)
         new.append(land(p, u, reached, clamp(reached, *ends), bounds=ends))
     return new, memory, ()
@@ -245,7 +248,7 @@ def _rescaled(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Lande
     factors: Any = how.constraint.factors
     us = lax.optimization_barrier(us)
     own = zip(*lax.optimization_barrier((ps, us)), strict=True)
-    measured = factors(how.scopes.alone([reach(p, u) for p, u in own]), memory)
+    measured = factors(how.scopes.alone([reach(p, u) for p, u in own]), memory, how.params)
     reached = [reach(p, u) for p, u in zip(ps, us, strict=True)]
     new = _landed(how, ps, us, reached, measured.of(reached))
     return new, memory, measured.report() if how.record else ()
@@ -257,7 +260,7 @@ def _moved(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Landed:
     reached = [reach(p, u) for p, u in zip(ps, us, strict=True)]
     tree = how.scopes.alone(reached)
     move = how.constraint.move
-    params, memory = move(tree, memory) if move else (how.constraint(tree), memory)
+    params, memory = move(tree, memory, how.params) if move else (how.constraint(tree), memory)
     _, targets = Scopes.of(params, "leaf", axis_name=())
     new = _landed(how, ps, us, reached, targets)
     return new, memory, _moves(how, ps, reached, new) if how.record else ()

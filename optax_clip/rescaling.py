@@ -17,6 +17,7 @@ from optax_clip._numerics import accumulator, as_dtype, broadcast_like, round_to
 from optax_clip._records import Report, fraction, transform
 from optax_clip._trees import Scopes
 from optax_clip._validate import AxisName
+from optax_clip._values import owned
 
 __all__ = ["qk_clip", "rescale_weights"]
 
@@ -141,6 +142,7 @@ def qk_clip(
     """
     _validate.limit(max_logit=max_logit)
     _validate.axis_name(axis_name=axis_name)
+    max_logit = owned(max_logit)
 
     def everywhere(logits: Any) -> Any:
         leaves, treedef = jax.tree.flatten(lax.stop_gradient(logits))  # pmax has no derivative

@@ -90,7 +90,7 @@ def norm_ball(
         return _remembering(bounds, "radius", entrywise(functools.partial(_cube, bounds), axis_name))
     if ord == 1:
         move = functools.partial(l1_ball, bounds)
-        return _norm_set(bounds, lambda params: move(params, None)[0], "", "radius", move=move)
+        return _norm_set(bounds, lambda params: move(params, None, None)[0], "", "radius", move=move)
     return _rescaled_set(bounds, "", "radius", shrinks=True)
 
 
@@ -181,9 +181,11 @@ def norm_shell(
     return _rescaled_set(bounds, "lower", "upper", shrinks=False)
 
 
-def _cube(bounds: NormBounds, params: optax.Params, memory: Any = None) -> list[Bounds]:
+def _cube(
+    bounds: NormBounds, params: optax.Params, memory: Any = None, beside: Any = None
+) -> list[Bounds]:
     """The ball of order inf bounds each entry."""
-    scopes, xs = Scopes.of(params, bounds.scope, axis_name=())
+    scopes, xs = Scopes.of(params, bounds.scope, axis_name=(), beside=beside)
     highs = bounds.highs("radius", scopes, xs, memory)
     return [inwards(x, -high, high) for x, high in zip(xs, highs, strict=True)]
 
@@ -194,7 +196,7 @@ def _rescaled_set(bounds: NormBounds, lower: str, upper: str, *, shrinks: bool |
 
     def nearest(params: optax.Params) -> optax.Params:
         scopes, xs = Scopes.of(params, "leaf", axis_name=())
-        inside: optax.Params = scopes.rebuild(params, factors(params, None).of(xs))
+        inside: optax.Params = scopes.rebuild(params, factors(params, None, None).of(xs))
         return inside
 
     return _norm_set(bounds, nearest, lower, upper, shrinks=shrinks, factors=factors)
@@ -253,9 +255,11 @@ def _plan(norm: Norm, n: Any, low: Array, high: Array, *, sphere: bool) -> _Plan
     return _Plan(move, over, jnp.where(used, norm.scale, 1), second, gap)
 
 
-def _factors(bounds: NormBounds, lower: str, upper: str, params: optax.Params, memory: Any) -> Factors:
+def _factors(
+    bounds: NormBounds, lower: str, upper: str, params: optax.Params, memory: Any, beside: Any
+) -> Factors:
     """Rescale each scope whose norm is outside [lower, upper]."""
-    scopes, xs, norms = bounds.cut(params)
+    scopes, xs, norms = bounds.cut(params, beside)
     sphere = lower == upper
     lows, highs = bounds.both(lower, upper, scopes, xs, [norm.root for norm in norms], memory)
     highs = [jnp.where(bounds.free(upper, high), jnp.inf, high) for high in highs]

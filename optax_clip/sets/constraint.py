@@ -16,7 +16,8 @@ from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes, 
 from optax_clip._numerics import accumulator, widen
 from optax_clip._settings import Initial, Setting
 from optax_clip._trees import Cells, Scopes
-from optax_clip._validate import AxisName, Ord, Scope
+from optax_clip._validate import AxisName, Groups, Ord, Scope
+from optax_clip._values import owned
 from optax_clip.norms import Norm, measure, total
 
 __all__ = ["Constraint", "initial"]
@@ -61,12 +62,15 @@ class Constraint(NamedTuple):
         shrinks: on which side of its target an update ends up that misses it by a rounding. True: nearer
             to 0, for sets that stay sets when entries shrink. False: further inside. None: on either,
             for sets without an inside, like a sphere.
-        move: ``(params, memory) -> (params, memory)``, the projection of a set that remembers.
+        move: ``(params, memory, beside) -> (params, memory)``, the projection of a set that remembers.
+            ``beside`` are all weights, as ``init`` saw them; those without an update are None in
+            ``params``.
         init: ``params -> memory``, what `project_weights` keeps for a set that remembers.
-        bounds: ``(params, memory) -> [(lower, upper), ...]`` for a set that bounds each entry: those of
-            each float leaf, arrays that broadcast to it and numbers of its dtype. They may depend on
-            the shapes of the weights. A complex leaf has bounds on its modulus, in the dtype of a part.
-        factors: ``(params, memory) -> Factors`` for a set that rescales.
+        bounds: ``(params, memory, beside) -> [(lower, upper), ...]`` for a set that bounds each entry:
+            those of each float leaf, arrays that broadcast to it and numbers of its dtype. They may
+            depend on the shapes of the weights. A complex leaf has bounds on its modulus, in the dtype
+            of a part.
+        factors: ``(params, memory, beside) -> Factors`` for a set that rescales.
         axis_name: mapped axes that the metrics are summed over, as in `global_norm`.
 
     Examples:
@@ -85,10 +89,10 @@ class Constraint(NamedTuple):
     nearest: Callable[[optax.Params], optax.Params]
     excess: Callable[[optax.Params], Array]
     shrinks: bool | None = False
-    move: Callable[[optax.Params, Any], tuple[optax.Params, Any]] | None = None
+    move: Callable[[optax.Params, Any, Any], tuple[optax.Params, Any]] | None = None
     init: Callable[[optax.Params], Any] | None = None
-    bounds: Callable[[optax.Params, Any], list[Bounds]] | None = None
-    factors: Callable[[optax.Params, Any], Factors] | None = None
+    bounds: Callable[[optax.Params, Any, Any], list[Bounds]] | None = None
+    factors: Callable[[optax.Params, Any, Any], Factors] | None = None
     axis_name: AxisName = None
 
     def __call__(self, params: optax.Params) -> optax.Params:
@@ -133,7 +137,7 @@ def initial(kappa: ArrayLike = 1.0) -> Initial:
     """
     _validate.at_least(0, kappa=kappa)
     _validate.finite(kappa=kappa)
-    return Initial(kappa)
+    return Initial(owned(kappa))
 
 
 class NormBounds(NamedTuple):
@@ -149,8 +153,12 @@ class NormBounds(NamedTuple):
         return any(isinstance(value, Initial) for value in self.settings.values())
 
     def init(self, params: optax.Params) -> dict[str, Array]:
-        """The norms at the start, one vector for each bound that is relative to them."""
-        scopes, xs = Scopes.of(params, self.scope, axis_name=())
+        """The norms at the start, one vector for each bound that is relative to them.
+
+        Where leaves share a norm it is kept leaf by leaf, as not all of them may have an update.
+        """
+        shared = self.scope == "global" or isinstance(self.scope, Groups)
+        scopes, xs = Scopes.of(params, "leaf" if shared else self.scope, axis_name=())
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in xs):
             norms = jnp.full(scopes.memory, jnp.nan, jnp.float32)
         else:
@@ -168,8 +176,8 @@ class NormBounds(NamedTuple):
         highs = self.read(name, scopes, xs, like, memory)
         return scopes.per_leaf([jnp.where(high == 0, jnp.inf, high) for high in highs])
 
-    def cut(self, params: optax.Params) -> tuple[Scopes, list[Array], list[Norm]]:
-        scopes, xs = Scopes.of(params, self.scope, self.axis_name)
+    def cut(self, params: optax.Params, beside: Any = None) -> tuple[Scopes, list[Array], list[Norm]]:
+        scopes, xs = Scopes.of(params, self.scope, self.axis_name, beside=beside)
         return scopes, xs, measure(scopes, xs, self.ord)
 
     def read(self, name: str, scopes: Scopes, xs: Sequence[Array], like: Cells, memory: Any) -> Cells:
@@ -177,7 +185,8 @@ class NormBounds(NamedTuple):
         value: Any = self.settings[name]
         if not isinstance(value, Initial):
             return _settings.per_scope(scopes, xs, like, **{name: value})
-        norms = [x.astype(y.dtype) for x, y in zip(scopes.split(memory[name], like), like, strict=True)]
+        norms = _at_start(scopes, memory[name], like, self.ord)
+        norms = [x.astype(y.dtype) for x, y in zip(norms, like, strict=True)]
         return [jnp.maximum(jnp.asarray(value.kappa, x.dtype), 0) * x for x in norms]
 
     def both(
@@ -190,6 +199,15 @@ class NormBounds(NamedTuple):
     def free(self, name: str, bound: Array) -> Array:
         """Is a scope left free, since it was 0 at the start?"""
         return (bound == 0) & isinstance(self.settings[name], Initial)
+
+
+def _at_start(scopes: Scopes, memory: Array, like: Cells, ord: Ord) -> Cells:
+    """The norms at the start of what is there now."""
+    if not scopes.is_global and scopes.labels is None:
+        return scopes.split(memory, like)
+    leaves = [memory[i] for i in scopes.places]
+    whole = scopes._replace(axes=((),) * len(leaves), mapped=((),) * len(leaves))
+    return [norm.value for norm in measure(whole, leaves, ord)]
 
 
 def no_start(name: str, value: Any) -> Callable[[optax.Params], Any]:

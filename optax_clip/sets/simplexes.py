@@ -80,7 +80,8 @@ def simplex(total: Setting = 1.0, *, scope: Scope = "leaf", axis_name: AxisName 
         totals = _settings.per_scope(scopes, xs, sums, total=total)
         return scopes, xs, _Sums(sums, lowest, highest, totals)
 
-    def move(params: optax.Params, memory: Any) -> tuple[optax.Params, Any]:
+    def move(params: optax.Params, memory: Any, beside: Any) -> tuple[optax.Params, Any]:
+        del beside
         scopes, xs, found = read(params)
         keeps = [_is_on(*each) for each in zip(*found, scopes.counts, strict=True)]
         cut = soft_threshold(_Cut(scopes, _as_it_is), xs, found.totals)
@@ -94,7 +95,7 @@ def simplex(total: Setting = 1.0, *, scope: Scope = "leaf", axis_name: AxisName 
         return largest([jnp.maximum(jnp.maximum(jnp.abs(s - t), -low), 0) for s, low, t in ends if xs])
 
     return Constraint(
-        lambda params: move(params, None)[0], excess, shrinks=None, move=move, axis_name=axis_name
+        lambda params: move(params, None, None)[0], excess, shrinks=None, move=move, axis_name=axis_name
     )
 
 
@@ -118,9 +119,11 @@ def _unless(keep: Array, x: Array, moved: Array) -> Array:
     return lax.select(broadcast_like(keep, x), straight_through(x, moved), moved)
 
 
-def l1_ball(bounds: NormBounds, params: optax.Params, memory: Any) -> tuple[optax.Params, Any]:
+def l1_ball(
+    bounds: NormBounds, params: optax.Params, memory: Any, beside: Any
+) -> tuple[optax.Params, Any]:
     """The projection onto the ball of order 1: the absolute values onto a simplex, where outside."""
-    scopes, xs, norms = bounds.cut(params)
+    scopes, xs, norms = bounds.cut(params, beside)
     radii = bounds.read("radius", scopes, xs, [norm.root for norm in norms], memory)
     overs, totals = [], []
     for norm, radius, n in zip(norms, radii, scopes.counts, strict=True):

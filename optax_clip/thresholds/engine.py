@@ -15,6 +15,7 @@ from optax_clip._numerics import accumulator, as_dtype
 from optax_clip._records import increment
 from optax_clip._trees import Cells, Scopes
 from optax_clip._validate import Groups, Ord
+from optax_clip._values import owned
 from optax_clip.norms import Norm, measure
 
 __all__ = ["ThresholdRule"]
@@ -177,7 +178,8 @@ def as_rule(**named: Any) -> ThresholdRule:
 
         return _Given(lambda norms: {"step": jnp.zeros((), jnp.int32)}, follow)
     _validate.at_least(0, **named)
-    return _Given(lambda norms: (), lambda norms, state, *_: (_limit(norms, threshold), state))
+    number = owned(threshold)
+    return _Given(lambda norms: (), lambda norms, state, *_: (_limit(norms, number), state))
 
 
 def _limit(norms: Array, limit: ArrayLike) -> Array:
@@ -185,7 +187,8 @@ def _limit(norms: Array, limit: ArrayLike) -> Array:
 
 
 def _remembers(rule: ThresholdRule) -> bool:
-    return bool(jax.tree.leaves(jax.eval_shape(rule.init, jnp.zeros(()))))
+    # A shape, not an array: what is made before the devices are chosen may not choose them.
+    return bool(jax.tree.leaves(jax.eval_shape(rule.init, jax.ShapeDtypeStruct((), jnp.float32))))
 
 
 def _told(seen: Seen, states: Any) -> tuple[Cells, Array]:
