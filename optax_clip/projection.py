@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from optax_clip import _validate, _xla
+from optax_clip import _owners, _validate, _xla
 from optax_clip._landing import add_as_apply_updates, land, reach
 from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes
 from optax_clip._numerics import accumulator, beyond, widen
@@ -148,16 +148,17 @@ def project_weights(
     always = not _validate.is_traced(every) and int(every) == 1
 
     def init(params: optax.Params) -> Any:
-        kept = wanted.init(params) if wanted.init else ()
-        return kept if always else {"set": kept, "turns": place_like(jnp.zeros((), jnp.int32), params)}
+        kept = _owners.owned(wanted.init(params), params) if wanted.init else ()
+        return kept if always else {"set": kept, "count": place_like(jnp.zeros((), jnp.int32), params)}
 
     def step(updates: optax.Updates, memory: Any, params: Any, **extra: Any) -> tuple[Any, Any, Any]:
         del extra
         _validate.params_given(params, of="project_weights")
         # An `every` that is traced was 1 at init if no steps are counted.
-        each_step = not (isinstance(memory, dict) and "turns" in memory)
-        kept = memory if each_step else memory["set"]
-        turns = 0 if each_step else increment(memory["turns"])
+        each_step = not (isinstance(memory, dict) and "count" in memory)
+        held = memory if each_step else memory["set"]
+        count = 0 if each_step else increment(memory["count"])
+        kept = _owners.opened(held, lambda: wanted.init(params)) if wanted.init else ()
 
         def projected() -> tuple[optax.Updates, Any, tuple[Array, Array]]:
             return redirect(wanted, updates, params, kept, record=record)
@@ -165,13 +166,17 @@ def project_weights(
         def untouched() -> tuple[optax.Updates, Any, tuple[Array, Array]]:
             return updates, kept, (jnp.float32(0), jnp.float32(0))
 
-        due = True if each_step else turns % jnp.maximum(jnp.int32(every), 1) == 0
+        due = True if each_step else count % jnp.maximum(jnp.int32(every), 1) == 0
         new, kept, moved = _xla.cond(due, projected, untouched)
-        memory = kept if each_step else {"set": kept, "turns": turns}
+        held = _owners.closed(held, kept)
+        memory = held if each_step else {"set": held, "count": count}
         return new, memory, lambda: Report({"moves": moved}, {"turns": (True,)})
 
     remembers = not always or wanted.init is not None
-    return transform(name, ("moves", "turns"), init, step, record=record, remembers=remembers)
+    owned = wanted.init is not None
+    return transform(
+        name, ("moves", "turns"), init, step, record=record, remembers=remembers, owned=owned
+    )
 
 
 class _How(NamedTuple):
