@@ -143,12 +143,14 @@ def project_weights(
         [ 6.5  -4.75]
     """
     wanted = as_constraint(constraint)
+    first = wanted.init or (lambda params: ())
+    owned = wanted.init is not None
     _validate.integer(1, every=every)
     _validate.record(record)
     always = not _validate.is_traced(every) and int(every) == 1
 
     def init(params: optax.Params) -> Any:
-        kept = _owners.owned(wanted.init(params), params) if wanted.init else ()
+        kept = _owners.owned(first(params), params) if owned else ()
         return kept if always else {"set": kept, "count": place_like(jnp.zeros((), jnp.int32), params)}
 
     def step(updates: optax.Updates, memory: Any, params: Any, **extra: Any) -> tuple[Any, Any, Any]:
@@ -158,7 +160,7 @@ def project_weights(
         each_step = not (isinstance(memory, dict) and "count" in memory)
         held = memory if each_step else memory["set"]
         count = 0 if each_step else increment(memory["count"])
-        kept = _owners.opened(held, lambda: wanted.init(params)) if wanted.init else ()
+        kept = _owners.opened(held, lambda: first(params)) if owned else held
 
         def projected() -> tuple[optax.Updates, Any, tuple[Array, Array]]:
             return redirect(wanted, updates, params, kept, record=record)
@@ -168,12 +170,11 @@ def project_weights(
 
         due = True if each_step else count % jnp.maximum(jnp.int32(every), 1) == 0
         new, kept, moved = _xla.cond(due, projected, untouched)
-        held = _owners.closed(held, kept)
+        held = _owners.closed(held, kept) if owned else kept
         memory = held if each_step else {"set": held, "count": count}
         return new, memory, lambda: Report({"moves": moved}, {"turns": (True,)})
 
-    remembers = not always or wanted.init is not None
-    owned = wanted.init is not None
+    remembers = not always or owned
     return transform(
         name, ("moves", "turns"), init, step, record=record, remembers=remembers, owned=owned
     )

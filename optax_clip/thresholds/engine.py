@@ -137,10 +137,11 @@ class Limits(NamedTuple):
     def _own(self, states: Any) -> Any:
         """States that are those of these rules."""
         wanted = [_shapes(rule) for rule in self.rules if _remembers(rule)]
-        if jax.tree.structure(states) != jax.tree.structure(wanted):
+        structures: list[Any] = [jax.tree.structure(x) for x in (wanted, states)]
+        if structures[0] != structures[1]:
             raise ValueError(
-                f"Expected in update the memory of {self.name}, with the entries {_entries(wanted)}, got "
-                f"that of another threshold, with {_entries(states)}."
+                f"Expected in update the memory of {self.name}, with the entries {_entries(wanted)}, "
+                f"got that of another threshold, with {_entries(states)}."
             )
         return states
 
