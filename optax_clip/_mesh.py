@@ -60,6 +60,11 @@ def all_devices_agree(flag: Array) -> Array:
     return broken == 0
 
 
+def inside_shard_map() -> bool:
+    """Is an array here the part of one device?"""
+    return AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+
+
 def is_explicit(x: Any) -> bool:
     """Is ``x`` on a mesh whose axes are part of its type?"""
     sharding = jax.typeof(x).sharding

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from optax_clip import _validate, _xla
+from optax_clip import _owners, _validate, _xla
 from optax_clip._landing import land, reach
 from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes
 from optax_clip._numerics import accumulator, clamp, widen
@@ -144,22 +144,25 @@ def project_weights(
         [ 6.5  -4.75]
     """
     wanted = as_constraint(constraint)
+    first = wanted.init or (lambda params: ())
+    remembers = wanted.init is not None
     _validate.integer(1, every=every)
     every = owned(every)
     _validate.record(record)
     always = not _validate.is_traced(every) and int(every) == 1
 
     def init(params: optax.Params) -> Any:
-        kept = wanted.init(params) if wanted.init else ()
-        return kept if always else {"set": kept, "turns": place_like(jnp.zeros((), jnp.int32), params)}
+        kept = _owners.owned(first(params), params) if remembers else ()
+        return kept if always else {"set": kept, "count": place_like(jnp.zeros((), jnp.int32), params)}
 
     def step(updates: optax.Updates, memory: Any, params: Any, **extra: Any) -> tuple[Any, Any, Any]:
         del extra
         _validate.params_given(params, of="project_weights")
         # An `every` that is traced was 1 at init if no steps are counted.
-        each_step = not (isinstance(memory, dict) and "turns" in memory)
-        kept = memory if each_step else memory["set"]
-        turns = 0 if each_step else increment(memory["turns"])
+        each_step = not (isinstance(memory, dict) and "count" in memory)
+        held = memory if each_step else memory["set"]
+        count = 0 if each_step else increment(memory["count"])
+        kept = _owners.opened(held, lambda: first(params)) if remembers else held
 
         def projected() -> tuple[optax.Updates, Any, Any]:
             return redirect(wanted, updates, params, kept, record=record)
@@ -167,9 +170,10 @@ def project_weights(
         def untouched() -> tuple[optax.Updates, Any, Any]:
             return updates, kept, (jnp.float32(0),) * (2 if record and not wanted.bounds else 0)
 
-        due = True if each_step else turns % jnp.maximum(jnp.int32(every), 1) == 0
+        due = True if each_step else count % jnp.maximum(jnp.int32(every), 1) == 0
         new, kept, moves = _xla.cond(due, projected, untouched)
-        memory = kept if each_step else {"set": kept, "turns": turns}
+        held = _owners.closed(held, kept) if remembers else kept
+        memory = held if each_step else {"set": held, "count": count}
 
         def report() -> Report:
             if wanted.bounds is None:
@@ -180,8 +184,8 @@ def project_weights(
         return new, memory, report
 
     fields = "share" if wanted.bounds else "moves", "turns"
-    remembers = not always or wanted.init is not None
-    return transform(name, fields, init, step, record=record, remembers=remembers)
+    stateful = not always or remembers
+    return transform(name, fields, init, step, record=record, remembers=stateful, owned=remembers)
 
 
 def at_bounds(

@@ -88,7 +88,7 @@ def skip_spikes(
     _validate.axis_name(axis_name=axis_name)
     _validate.record(record)
     fields = ("norms", "guarded", *["values"] * guard.reads_value)
-    return transform(name, fields, guard.init, guard.step, record=record)
+    return transform(name, fields, guard.init, guard.step, record=record, owned=guard.limit.owned)
 
 
 class _Judged(NamedTuple):

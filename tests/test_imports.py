@@ -18,6 +18,7 @@ SHARED = [
     "_landing",
     "_matrices",
     "_settings",
+    "_owners",
     "_records",
     "norms",
 ]

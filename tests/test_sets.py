@@ -367,7 +367,7 @@ def power_training(params, k, steps, warm=True, rate=0.0):
 def test_power_iterations_converge_over_the_steps(k, steps, dtype):
     state, tops = power_training(matrix((40, 20), None, 3.0, dtype), k, steps)
     assert tops[0] >= tops[-1] and abs(tops[-1] - 1) <= 0.01 + 2 * eps(dtype)
-    (vector,) = state.memory
+    (vector,) = jax.tree.leaves(state.memory)
     assert vector.shape == (1, 20) and vector.dtype == F32
     assert np.linalg.norm(vector) == pytest.approx(1, rel=4 * eps(F32))
 
@@ -529,7 +529,7 @@ def test_the_box_around_the_start():
     # Twice the largest: bias beside its kernel, kernel; the zero scale has no kernel beside it;
     # bias beside two kernels takes the larger, 0.75.
     bounds = [2.0, 2.0, np.inf, 6.0, 1.5, 1.5, 0.5]
-    np.testing.assert_array_equal(jnp.stack(state.memory), bounds)
+    np.testing.assert_array_equal(jnp.stack(jax.tree.leaves(state.memory)), bounds)
     huge = jax.tree.map(lambda x: jnp.full_like(x, 100.0), params)
     updates, state = jax.jit(tx.update)(huge, state, params)
     landed = optax.apply_updates(params, updates)

@@ -95,7 +95,7 @@ def clip_by_value(
 
     def init(params: optax.Params) -> Any:
         del params
-        return {"step": jnp.zeros((), jnp.int32)} if scheduled else ()
+        return {"count": jnp.zeros((), jnp.int32)} if scheduled else ()
 
     def step(updates: optax.Updates, memory: Any, params: Any, **extra: Any) -> tuple[Any, Any, Any]:
         del params, extra
@@ -132,10 +132,10 @@ def _check_kind(limit: Any) -> None:
 
 
 def _follow(schedule: optax.Schedule, memory: Any) -> tuple[Any, Any]:
-    limit = schedule(memory["step"])
+    limit = schedule(memory["count"])
     named: dict[str, Any] = {"limit(step)": limit}
     _validate.at_least(0, **named)
-    return limit, {"step": increment(memory["step"])}
+    return limit, {"count": increment(memory["count"])}
 
 
 def _limits(scopes: Scopes, xs: Sequence[Array], lower: Any, high: Any) -> list[tuple[Array, Array]]:

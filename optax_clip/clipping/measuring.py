@@ -80,8 +80,9 @@ def record_norms(
     reading = _Reading(scope, ord, tuple(of), axis_name, field)
     fields, parts = ((field,), None) if scope == "global" else ((), reading.parts)
     return transform(
-        name, fields, lambda params: (), reading.step, record=record, remembers=False, parts=parts
-    )
+        name, fields, lambda params: (), reading.step,
+        record=record, remembers=False, scope=scope, parts=parts,
+    )  # fmt: skip
 
 
 class _Reading(NamedTuple):
