@@ -8,7 +8,7 @@ import optax
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from optax_clip import _validate
+from optax_clip import _validate, _xla
 from optax_clip._mesh import place_like
 from optax_clip._records import Report, increment, transform
 from optax_clip._trees import Scopes
@@ -152,6 +152,7 @@ class _Guard(NamedTuple):
         self, updates: optax.Updates, memory: Any, params: Any, *, value: Any = None, **extra: Any
     ) -> tuple[Any, Any, Any]:
         scopes, xs = Scopes.of(updates, "global", self.axis_name)
+        xs = _xla.materialized(xs)
         judged = self.judge(scopes, xs, value, memory, params)
         take, old = judged.take, memory["inner_state"]
         if value is not None:

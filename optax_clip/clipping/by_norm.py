@@ -72,6 +72,7 @@ def clip_tree(
     if norm is not None and scope != "global":
         raise ValueError(f'Expected norm only with scope="global", got scope={scope!r}.')
     scopes, xs = Scopes.of(tree, scope, axis_name)
+    xs = _xla.materialized(xs)
     norms = _measured_or_given(scopes, xs, ord, norm=norm)
     finite = all_finite(norms)
     bounds, _ = limits.update(Seen(scopes, norms, norms[0].value, finite, None, ord), None)
@@ -337,6 +338,7 @@ def _by_norm(
         del extra
         params = params if limits.asks_for_weights else None
         scopes, xs = Scopes.of(updates, scope, axis_name, beside=params)
+        xs = _xla.materialized(xs)
         norms = _measured_or_given(scopes, xs, ord, grad_norm=grad_norm)
         before, finite = total(scopes, [n.value for n in norms], ord), all_finite(norms)
         bounds, memory = limits.update(Seen(scopes, norms, before, finite, params, ord), memory)
