@@ -43,7 +43,7 @@ bench: $(VENV)/.bench  ## measure against Optax's own transforms, draw bench.png
 accelerators test-accelerators: export JAX_PLATFORMS = cpu
 
 accelerators: $(ACCELERATORS)/.accelerators  ## count what is moved and sent on an H100 and TPUs, by compiling for them
-	$(ACCELERATORS)/bin/python -m benchmarks --only compiled compiled_training collectives
+	$(ACCELERATORS)/bin/python -m benchmarks --only compiled collectives
 
 test-accelerators: $(ACCELERATORS)/.accelerators  ## hold what is compiled for them to its limits
 	$(ACCELERATORS)/bin/python -m pytest $(PYTEST_ARGS) tests/test_compiled.py

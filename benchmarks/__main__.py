@@ -41,7 +41,6 @@ GROUPS = {
     "demo": training.run,
     "collectives": collectives.run,
     "compiled": compiled.run,
-    "compiled_training": training_step.run_compiled,
     "torch": peers_torch.run,
 }
 
