@@ -182,9 +182,9 @@ def written_once(xs: list[Array]) -> list[Array]:
 def materialized(xs: Sequence[Array]) -> list[Array]:
     """Each as an array in memory, before it is measured.
 
-    Accelerators fuse the three forms of a gradient that a norm sums into the product that makes it, which
-    then writes three gradients. Leaf by leaf, as one barrier over all mixes their meshes on older JAX. A
-    CPU writes products to memory anyway.
+    Accelerators fuse the three forms of a gradient that a norm sums into the product that makes it,
+    which then writes three gradients. Leaf by leaf, as one barrier over all mixes their meshes on older
+    JAX. A CPU writes products to memory anyway.
     """
 
     def written(xs: list[Array]) -> list[Array]:

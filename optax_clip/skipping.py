@@ -136,7 +136,7 @@ class _Guard(NamedTuple):
         before, loss = norms[0].value, _loss(value, needed=self.reads_value)
         finite = all_finite(norms) & jnp.isfinite(loss)
         params = params if self.limit.asks_for_weights else None
-        seen = Seen(scopes, norms, before, finite, params, None)
+        seen = Seen(scopes, norms, jnp.where(finite, before, jnp.nan), [finite], params, None)
         (threshold,), new_rule = self.limit.update(seen, memory["rule"])
         told = lax.stop_gradient(jnp.where(finite, loss, jnp.nan))
         highest, new_value = self.value_rule.update(told, memory["value"], None, told)
