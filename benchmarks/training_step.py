@@ -130,6 +130,12 @@ def clips() -> Iterator[Bound]:
         clipped("clip_by_block_rms", optax.clip_by_block_rms(1e-4)),
     )
     yield first("clip_by_norm, unit", part(oc.clip_by_norm, 1.0, scope="unit"))
+    for label, clip, peer in (
+        ("clip_by_norm, leaf, local", part(oc.clip_by_norm, 1.0), None),
+        ("clip_by_norm, unit, local", part(oc.clip_by_norm, 1.0, scope="unit"), None),
+        ("adaptive_grad_clip, local", part(oc.adaptive_grad_clip, 0.01), agc),
+    ):
+        yield first(label, part(clip, nonfinite="local"), peer)
     yield first("clip_by_norm, groups", part(oc.clip_by_norm, by_group, scope=oc.groups(by_rank)))
     yield first("adaptive_grad_clip", part(oc.adaptive_grad_clip, 0.01), agc)
     yield first("clip_by_value", part(oc.clip_by_value, 1e-4), clipped("clip", optax.clip(1e-4)))
