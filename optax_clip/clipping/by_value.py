@@ -236,6 +236,7 @@ def _smallest(limits: Sequence[tuple[Any, Any]], dtype: Any) -> Array:
 def _report(how: _Reading, xs: list[Array], ends: list[tuple[Array, Array]], threshold: Array) -> Report:
     plain = functools.partial(_statistics, how)
     on_cpu = functools.partial(plain, read=_xla.apart, indicator=_xla.indicator)
+    xs = _xla.materialized(xs)
     before, after, broken, outside = _xla.by_platform(xs, ends, cpu=on_cpu, default=plain)
     size = max(how.scopes.counts[0].item(), 1)
     return clip_report(before, after, threshold, outside / size, ~broken)
