@@ -54,6 +54,11 @@ def flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
     return paths, [leaf for _, leaf in found], treedef
 
 
+def _strong(x: Any) -> Any:
+    """An array whose type is its own: that of a Python number gives way, so equal leaves differ."""
+    return x if isinstance(x, jax.ShapeDtypeStruct) else lax.convert_element_type(x, jnp.result_type(x))
+
+
 def as_struct(leaf: Any) -> Any:
     """What a callable of the user is given: an array also where the leaf is a number."""
     return jnp.asarray(leaf) if isinstance(leaf, (bool, int, float, complex)) else leaf
@@ -141,9 +146,7 @@ class Scopes(NamedTuple):
             treedef, tuple(paths), places, tuple(axes[i] for i in places), tuple(mapped),
             tuple(kept[i] for i in places), tuple(sizes), homes, labels, rows, memory,
         )  # fmt: skip
-        xs: list[Any] = [leaves[i] for i in places]
-        arrays: list[Any] = [x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x) for x in xs]
-        return scopes, arrays
+        return scopes, [_strong(leaves[i]) for i in places]
 
     def leaves_of(self, tree: Any, *, of: str) -> list[Array]:
         """The leaves of another tree at the same places: the weights that gradients belong to."""
@@ -155,7 +158,7 @@ class Scopes(NamedTuple):
                     f"Expected float params in update of {of} beside the update of leaf "
                     f"{self.paths[i]!r}, got {got}."
                 )
-        return [jnp.asarray(leaves[i]) for i in self.places]
+        return [_strong(leaves[i]) for i in self.places]
 
     def rebuild(self, tree: Any, new: Sequence[Any]) -> Any:
         """The tree with its inexact leaves replaced, all others as they are."""
@@ -227,7 +230,7 @@ class Scopes(NamedTuple):
 
     def sum(self, terms: Sequence[Array]) -> Cells:
         """Sum one term an entry over each scope."""
-        scopes, terms = _joined(self, terms)
+        scopes, (terms,) = _joined(self, [terms])
         return scopes._reduce(terms, jnp.sum, lax.psum, operator.add)
 
     def sums(self, ways: Sequence[Sequence[Array]]) -> list[Cells]:
@@ -242,8 +245,8 @@ class Scopes(NamedTuple):
             pairs = zip(self.axes, zip(*ways, strict=True), strict=True)
             summed = [_xla.sums_of_columns(axes, terms) for axes, terms in pairs]
             return [self.sum(terms) for terms in zip(*summed, strict=True)]
-        scopes, first = _joined(self, ways[0])
-        columns = zip(first, *(_joined(self, terms)[1] for terms in ways[1:]), strict=True)
+        scopes, joined = _joined(self, ways)
+        columns = zip(*joined, strict=True)
         pieces = [jnp.stack([_rows_summed(t) for t in column]) for column in columns]
         parts = [jnp.sum(x, axis=tuple(range(1, x.ndim))) for x in pieces]
         values = all_reduce(parts, scopes.mapped, lax.psum)
@@ -299,16 +302,18 @@ class Scopes(NamedTuple):
         return [_beside(piece, x) for piece, x in zip(pieces, like, strict=True)]
 
 
-def _joined(scopes: Scopes, terms: Sequence[Array]) -> tuple[Scopes, list[Array]]:
+def _joined(scopes: Scopes, ways: Sequence[Sequence[Array]]) -> tuple[Scopes, Sequence[Sequence[Array]]]:
     """Small terms of one type and scope added up, eight at a time, before they are summed.
 
-    A compiler takes longer for a sum than for all else that is done with a small leaf. On several
-    devices leaves of one type may be split differently, and to add them would move them.
+    XLA takes longer for a sum than for all else that is done with a small leaf. On several devices
+    leaves of one type may be split differently, and to add them would move them. Several sums are
+    joined by one plan, that of the first.
     """
     if jax.device_count() > 1:
-        return scopes, list(terms)
+        return scopes, ways
     alike: dict[Any, list[int]] = {}
-    for i, (t, *rest) in enumerate(zip(terms, scopes.homes, scopes.mapped, scopes.axes, strict=True)):
+    homes = zip(ways[0], scopes.homes, scopes.mapped, scopes.axes, strict=True)
+    for i, (t, *rest) in enumerate(homes):
         alike.setdefault((jax.typeof(t), *rest) if t.size <= _SMALL else i, []).append(i)
     eights = [same[k : k + 8] for same in alike.values() for k in range(0, len(same), 8)]
     first = [some[0] for some in eights]
@@ -316,7 +321,7 @@ def _joined(scopes: Scopes, terms: Sequence[Array]) -> tuple[Scopes, list[Array]
         name: tuple(getattr(scopes, name)[i] for i in first) for name in ("homes", "mapped", "axes")
     }
     return scopes._replace(**fields), [
-        functools.reduce(lax.add, [terms[i] for i in some]) for some in eights
+        [functools.reduce(lax.add, [terms[i] for i in some]) for some in eights] for terms in ways
     ]
 
 
