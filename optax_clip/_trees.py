@@ -12,7 +12,14 @@ import numpy as np
 from jax import Array, lax
 
 from optax_clip import _validate, _xla
-from optax_clip._mesh import all_reduce, axis_size, is_explicit, reduction_axes, replicated
+from optax_clip._mesh import (
+    all_reduce,
+    axis_size,
+    is_explicit,
+    reduction_axes,
+    replicated,
+    spans_devices,
+)
 from optax_clip._validate import AxisName, Groups, Scope
 
 _ROW = 128  # entries of a row that is summed on its own
@@ -94,8 +101,7 @@ class Scopes(NamedTuple):
     """How a tree is cut into scopes. Static; the inexact leaves travel beside it, as a list.
 
     The norms of the scopes are kept in cells: one scalar for the whole tree, one vector for leaves or
-    groups, and for units and axes one vector too on a single device, else one array a leaf, since to
-    join them would move them.
+    groups, and for units and axes one vector too on a single device, else one array a leaf.
 
     Args:
         treedef: the structure, with a place for each None.
@@ -109,6 +115,7 @@ class Scopes(NamedTuple):
         labels: of the groups.
         rows: of the vector that a rule remembers, the rows that are measured; None if all are.
         memory: the shape of that vector.
+        spread: may a leaf be in parts on several devices?
     """
 
     treedef: Any
@@ -122,6 +129,7 @@ class Scopes(NamedTuple):
     labels: tuple[str, ...] | None
     rows: tuple[int, ...] | None
     memory: tuple[int, ...]
+    spread: bool
 
     @classmethod
     def of(
@@ -141,10 +149,11 @@ class Scopes(NamedTuple):
             math.prod(shape_of(leaves[i])[a] for a in axes[i]) * axis_size(names)
             for i, names in zip(places, mapped, strict=True)
         ]
-        homes, labels, rows, memory = _homes(scope, paths, shown, places, kept)
+        spread = spans_devices([*leaves, *others])
+        homes, labels, rows, memory = _homes(scope, paths, shown, places, kept, spread=spread)
         scopes = cls(
             treedef, tuple(paths), places, tuple(axes[i] for i in places), tuple(mapped),
-            tuple(kept[i] for i in places), tuple(sizes), homes, labels, rows, memory,
+            tuple(kept[i] for i in places), tuple(sizes), homes, labels, rows, memory, spread,
         )  # fmt: skip
         return scopes, [_strong(leaves[i]) for i in places]
 
@@ -239,7 +248,7 @@ class Scopes(NamedTuple):
         On one device the rows of large leaves are summed first: what is left of all ways then takes one
         kernel a leaf, not one each.
         """
-        if jax.device_count() > 1:
+        if self.spread:
             return [self.sum(terms) for terms in ways]
         if any(isinstance(where, tuple) for _, where in self.homes):
             pairs = zip(self.axes, zip(*ways, strict=True), strict=True)
@@ -309,7 +318,7 @@ def _joined(scopes: Scopes, ways: Sequence[Sequence[Array]]) -> tuple[Scopes, Se
     leaves of one type may be split differently, and to add them would move them. Several sums are
     joined by one plan, that of the first.
     """
-    if jax.device_count() > 1:
+    if scopes.spread:
         return scopes, ways
     alike: dict[Any, list[int]] = {}
     homes = zip(ways[0], scopes.homes, scopes.mapped, scopes.axes, strict=True)
@@ -330,7 +339,13 @@ def _rows_summed(x: Array) -> Array:
 
 
 def _homes(
-    scope: Scope, paths: list[str], shown: list[Any], places: tuple[int, ...], kept: dict[int, Any]
+    scope: Scope,
+    paths: list[str],
+    shown: list[Any],
+    places: tuple[int, ...],
+    kept: dict[int, Any],
+    *,
+    spread: bool,
 ) -> tuple[tuple[Home, ...], tuple[str, ...] | None, tuple[int, ...] | None, tuple[int, ...]]:
     """The homes, labels, rows and memory of `Scopes`."""
     every = range(len(places))
@@ -349,7 +364,7 @@ def _homes(
     rows = tuple(r for i in places for r in range(ends[i] - sizes[i], ends[i]))
     memory = (sum(sizes.values()),)
     homes: list[Home] = [(k, None) for k in every]
-    if jax.device_count() == 1:
+    if not spread:
         stops = np.cumsum([sizes[i] for i in places]).tolist()
         homes = [(0, (stop - sizes[i], stop, kept[i])) for i, stop in zip(places, stops, strict=True)]
     return tuple(homes), None, None if len(rows) == memory[0] else rows, memory
