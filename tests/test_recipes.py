@@ -9,17 +9,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optax_clip import clip_by_global_norm, clip_tree
-from test_readme import CODE
+from pages import names
 
 LIMIT = 1.0
 
 
 def page(heading):
-    """The names that the code under a heading leaves behind."""
-    names = {"__name__": "__main__"}
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        exec(CODE[f"recipes: {heading}"], names)
-    return names
+    return names(f"recipes: {heading}")
 
 
 def gradient(x, y):

@@ -1,7 +1,5 @@
 """Rescaling by a signal: QK-Clip against attention logits in float64 NumPy, and its edges."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,19 +9,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optax_clip import box, metrics, project_weights, qk_clip, rescale_weights
-from test_readme import CODE
+from pages import names
 
 DTYPES = ("float32", "bfloat16", "float16")
 TAU = 10.0
 
 
-@functools.cache
 def page(heading):
-    """The names that the code under a heading of the page leaves behind."""
-    names = {"__name__": "__main__"}
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        exec(CODE[f"qk_clip: {heading}"], names)
-    return names
+    return names(f"qk_clip: {heading}")
 
 
 def factors_of(kind):
