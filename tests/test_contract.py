@@ -60,9 +60,10 @@ def test_every_step_looks_the_same(row):
     tx = row.make()
     assert isinstance(tx, optax.GradientTransformationExtraArgs)
     state = tx.init(PARAMS)
-    for updates, new in (*steps(row.id), traced(tx.update, GRADS[0], state, PARAMS)):
-        assert types(updates) == types(GRADS[0])
-        assert types(new) == types(state)
+    looks = types((GRADS[0], state))
+    assert traced(tx.update, GRADS[0], state, PARAMS) == looks
+    for result in steps(row.id):
+        assert types(result) == looks
     found = [int(x) for key, x in metrics(steps(row.id)[-1][1]).items() if key.endswith("/steps")]
     assert found == ([len(GRADS)] if row.counts else [])
 
@@ -245,23 +246,15 @@ def test_only_some_leaves(row, wrap):
         assert_close((updates, metrics(state)), (expected, metrics(bare_state)), atol=row.atol)
 
 
-def test_multi_steps(row, standard_promotion):
-    """Its conditionals are Python's here; the trace shows that both branches have one look."""
-    tx = optax.MultiSteps(row.make(), every_k_schedule=2)
-    state = tx.init(PARAMS)
-    assert traced(tx.update, GRADS[0], state, PARAMS)[1] == types(state)
-    mean = jax.tree.map(lambda x, y: (x + y) / 2, GRADS[0], GRADS[2])
-    bare = row.make()
-    expected = bare.update(mean, bare.init(PARAMS), PARAMS)
-    zero = jax.tree.map(jnp.zeros_like, PARAMS)
-    with jax.disable_jit():
-        updates, state = tx.update(GRADS[0], state, PARAMS)
-        chex.assert_trees_all_equal(updates, zero)
-        updates, state = tx.update(GRADS[2], state, PARAMS)
-        assert_close((updates, metrics(state)), (expected[0], metrics(expected[1])), atol=row.atol)
-        for _ in range(2):
-            updates, state = tx.update(zero, state, PARAMS)
-            chex.assert_tree_all_finite((updates, without_threshold(metrics(state))))
+def wrapped(row):
+    return optax.MultiSteps(row.make(), 2), optax.apply_if_finite(row.make(), max_consecutive_errors=5)
+
+
+def test_inside_conditionals_of_optax(row, standard_promotion):
+    """Both branches have one look: that of the state before."""
+    for tx in wrapped(row):
+        state = tx.init(PARAMS)
+        assert traced(tx.update, GRADS[0], state, PARAMS) == types((GRADS[0], state))
 
 
 def spoilt(arrays):
@@ -270,33 +263,51 @@ def spoilt(arrays):
     return {"dense": arrays["dense"] | {"kernel": kernel}}
 
 
-def test_apply_if_finite(row, standard_promotion):
-    tx = optax.apply_if_finite(row.make(), max_consecutive_errors=5)
-    before = tx.init(PARAMS)
-    assert traced(tx.update, GRADS[0], before, PARAMS) == types((GRADS[0], before))
-    with jax.disable_jit():
-        updates, state = tx.update(GRADS[0], before, PARAMS)
-        assert_close((updates, state.inner_state), steps(row.id)[0], atol=row.atol)
-        updates, after = tx.update(spoilt(GRADS[0]), state, PARAMS)
-    chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, PARAMS))
-    chex.assert_trees_all_equal(after.inner_state, state.inner_state)
+# One of each way to keep a state; the rest in `make test-full`.
+STATES = (
+    "clip_by_norm, leaf",
+    "zscore, unit",
+    "skip_spikes, rule",
+    "record_norms",
+    "qk_clip",
+    "box, every=2",
+    "norm_sphere, initial",
+)
+with_states = pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, marks=() if row.id in STATES else pytest.mark.full) for row in KINDS],
+    indirect=True,
+    ids=[row.id for row in KINDS],
+)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("row", KINDS, indirect=True, ids=lambda row: row.id)
-def test_inside_optax_compiled(row, standard_promotion):
-    """Behind the three in one program."""
-    injected = optax.inject_hyperparams(row.factory, static_args=row.static_args)(**row.kwargs)
-    tx = optax.apply_if_finite(injected, max_consecutive_errors=5)
-    tx = optax.MultiSteps(tx, every_k_schedule=2)
+@with_states
+def test_multi_steps(row, standard_promotion):
+    tx, _ = wrapped(row)
     step = jax.jit(chex.assert_max_traces(tx.update, n=1))
     state = tx.init(PARAMS)
-    _, state = step(GRADS[0], state, PARAMS)
+    zero = jax.tree.map(jnp.zeros_like, PARAMS)
+    updates, state = step(GRADS[0], state, PARAMS)
+    chex.assert_trees_all_equal(updates, zero)
     updates, state = step(GRADS[2], state, PARAMS)
     mean = jax.tree.map(lambda x, y: (x + y) / 2, GRADS[0], GRADS[2])
     bare = row.make()
     expected = bare.update(mean, bare.init(PARAMS), PARAMS)
     assert_close((updates, metrics(state)), (expected[0], metrics(expected[1])), atol=row.atol)
+    for _ in range(2):
+        updates, state = step(zero, state, PARAMS)
+        chex.assert_tree_all_finite((updates, without_threshold(metrics(state))))
+
+
+@with_states
+def test_apply_if_finite(row, standard_promotion):
+    _, tx = wrapped(row)
+    step = jax.jit(chex.assert_max_traces(tx.update, n=1))
+    updates, state = step(GRADS[0], tx.init(PARAMS), PARAMS)
+    assert_close((updates, state.inner_state), steps(row.id)[0], atol=row.atol)
+    updates, after = step(spoilt(GRADS[0]), state, PARAMS)
+    chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, PARAMS))
+    chex.assert_trees_all_equal(after.inner_state, state.inner_state)
 
 
 def test_named_chain(row):

@@ -1,4 +1,4 @@
-"""Trees that the tests share, so that what runs eagerly compiles once a process, and ways to compare them."""
+"""Trees that the tests share, so that what runs eagerly compiles once, and ways to compare them."""
 
 import functools
 
