@@ -17,6 +17,7 @@ import hypothesis
 import jax
 import pytest
 
+from optax_clip import _xla
 from registry import ROWS
 
 MESH = Path(__file__).parent / "mesh"
@@ -81,6 +82,23 @@ def compilations():
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield seen
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture(scope="module", params=["cpu", "cuda", "tpu"])
+def platform(request):
+    """The formulas of each platform, run by the CPU: the one seam is told another name.
+
+    What was traced before is forgotten, else a cached trace would answer for another platform.
+    """
+
+    def by_platform(*arrays, default, **ways):
+        return ways.get(request.param, default)(*arrays)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_xla, "by_platform", by_platform)
+        jax.clear_caches()
+        yield request.param
+    jax.clear_caches()
 
 
 @pytest.fixture

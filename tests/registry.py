@@ -316,8 +316,8 @@ ROWS = (
 BY_ID = {row.id: row for row in ROWS}
 
 # Rows with no part that another has not: a rule in one more scope, a set, a call by another name. They
-# are traced, run outside of jit and held to their oracles like all; compiled they are in `make test-full`,
-# with all rows. A new row is not here.
+# are traced, run outside of jit and held to their oracles like all, and compiled in `make test-full`. A
+# new row is not here.
 OF_A_KIND = {
     "clip_by_norm, axes": "clip_by_norm, unit",
     "clip_by_norm, callable": "clip_by_norm, groups",
