@@ -60,6 +60,19 @@ def all_devices_agree(flag: Array) -> Array:
     return broken == 0
 
 
+def spans_devices(leaves: Sequence[Any]) -> bool:
+    """Where a leaf may be in parts on several devices, norms are not joined: that would move them.
+
+    The mesh in force tells, or that of a leaf's type, wherever the program is compiled. Beside Explicit
+    and manual axes unlike types cannot be joined, even those of a single device.
+    """
+    types = [jax.typeof(x).sharding.mesh for x in leaves if isinstance(x, Array)]
+    meshes = [mesh for mesh in [jax.sharding.get_abstract_mesh(), *types] if not mesh.empty]
+    if not meshes:
+        return jax.device_count() > 1
+    return any(mesh.size > 1 or set(mesh.axis_types) != {AxisType.Auto} for mesh in meshes)
+
+
 def is_explicit(x: Any) -> bool:
     """Is ``x`` on a mesh whose axes are part of its type?"""
     sharding = jax.typeof(x).sharding

@@ -216,7 +216,7 @@ def measure(
 class Powers(NamedTuple):
     """Sums of ``|x|^p`` for p = 1 or 2, as they are and with the entries brought into range.
 
-    Squares of float32 are in range times 2^-96 or 2^80, and those of float16 as they are.
+    Squares of float32 are in range times 2^-80 or 2^80, and those of float16 as they are.
     """
 
     scopes: Scopes
@@ -226,7 +226,7 @@ class Powers(NamedTuple):
 
     @property
     def small(self) -> float:
-        return float(2.0 ** (-3 * jnp.finfo(self.dtype).maxexp // 4))
+        return float(2.0 ** (-5 * jnp.finfo(self.dtype).maxexp // 8))
 
     @property
     def large(self) -> float:
@@ -256,7 +256,7 @@ def _sums_in_range(powers: Powers, parts: list[tuple[Array, ...]]) -> tuple[Cell
         plain = powers.sum(wide)
         return plain, [jnp.ones_like(s) for s in plain]
     small, large = (jnp.asarray(k, powers.dtype) for k in (powers.small, powers.large))
-    ways = [wide, [scale(x, small) for x in wide], [scale(_capped(x), large) for x in wide]]
+    ways = [wide, [_shrunk(x, small) for x in wide], [_grown(x, large) for x in wide]]
     plain, shrunk, grown = powers.scopes.sums([[_power(x, powers.p) for x in way] for way in ways])
     sums, scales = [], []
     for middle, less, more, (high, low) in zip(
@@ -267,12 +267,22 @@ def _sums_in_range(powers: Powers, parts: list[tuple[Array, ...]]) -> tuple[Cell
     return sums, scales
 
 
-def _capped(x: Array) -> Array:
-    """What is large cut off: its product would overflow, with a derivative of 0 times inf."""
-    cap = 2.0 ** (-jnp.finfo(x.dtype).maxexp // 4)
-    if jnp.iscomplexobj(x):
-        return lax.complex(jnp.clip(x.real, -cap, cap), jnp.clip(x.imag, -cap, cap))
-    return jnp.clip(x, -cap, cap)
+# XLA makes (x x) (k k) of (x k) (x k), where a leaf has one entry and k is a constant; k k is 0 or inf.
+# So between each product and its square something is cut off.
+def _shrunk(x: Array, k: Array) -> Array:
+    """``|x| k``, for sums of what is large; at least a number whose square adds nothing to these."""
+    least = 2.0 ** (-9 * jnp.finfo(x.dtype).maxexp // 16)
+    return _by_part(lambda part: jnp.maximum(modulus(part * k), least), x)
+
+
+def _grown(x: Array, k: Array) -> Array:
+    """``x k``, for sums of what is small; at most a number whose square does not overflow."""
+    most = jnp.asarray(2.0 ** (3 * jnp.finfo(x.dtype).maxexp // 8), k.dtype)
+    return _by_part(lambda part: lax.clamp(-most, part * k, most), x)
+
+
+def _by_part(change: Callable[[Array], Array], x: Array) -> Array:
+    return lax.complex(change(x.real), change(x.imag)) if jnp.iscomplexobj(x) else change(x)
 
 
 def _power_norms(scopes: Scopes, xs: Sequence[Array], p: float) -> list[Norm]:
