@@ -17,6 +17,7 @@ import hypothesis
 import jax
 import pytest
 
+from full import is_full
 from optax_clip import _xla
 from registry import ROWS
 
@@ -56,6 +57,8 @@ def pytest_collection_modifyitems(items):
         group = item.module.__name__ if row is None else row.id
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(group))
+        if is_full(item):
+            item.add_marker(pytest.mark.full)
 
 
 @pytest.fixture(autouse=True)
