@@ -347,7 +347,7 @@ def _joined(scopes: Scopes, ways: Sequence[Sequence[Array]]) -> tuple[Scopes, Se
         alike.setdefault((jax.typeof(t), *rest) if t.size <= _SMALL else i, []).append(i)
     eights = [same[k : k + 8] for same in alike.values() for k in range(0, len(same), 8)]
     first = [some[0] for some in eights]
-    fields = {
+    fields: dict[str, Any] = {
         name: tuple(getattr(scopes, name)[i] for i in first) for name in ("homes", "mapped", "axes")
     }
     return scopes._replace(**fields), [
