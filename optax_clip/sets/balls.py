@@ -253,9 +253,11 @@ def _plan(norm: Norm, n: Any, low: Array, high: Array, *, sphere: bool) -> _Plan
     return _Plan(move, over, jnp.where(used, norm.scale, 1), second, gap)
 
 
-def _factors(bounds: NormBounds, lower: str, upper: str, params: optax.Params, memory: Any) -> Factors:
+def _factors(
+    bounds: NormBounds, lower: str, upper: str, params: optax.Params, memory: Any, *updates: Any
+) -> Factors:
     """Rescale each scope whose norm is outside [lower, upper]."""
-    scopes, xs, norms = bounds.cut(params)
+    scopes, xs, norms = bounds.cut(params, *updates)
     sphere = lower == upper
     lows, highs = bounds.both(lower, upper, scopes, xs, [norm.root for norm in norms], memory)
     highs = [jnp.where(bounds.free(upper, high), jnp.inf, high) for high in highs]
