@@ -54,11 +54,14 @@ def add_as_apply_updates(p: Array, u: Array) -> Array:
     return rounded if exact else lax.optimization_barrier(rounded)
 
 
-def reach(p: Array, u: Array) -> Array:
-    """Where the update takes the weights."""
-    if jnp.iscomplexobj(p):
-        return lax.complex(reach(p.real, u.real), reach(p.imag, u.imag))
-    return add_as_apply_updates(p, as_stored(u.astype(carrier(p, u)), u.dtype).astype(u.dtype))
+def held(p: Array, u: Array) -> Array:
+    """An update that is made in the pass which adds it to ``p``, kept apart from what makes it.
+
+    What comes from memory needs it not.
+    """
+    if jnp.iscomplexobj(u):
+        return lax.complex(held(p.real, u.real), held(p.real, u.imag))
+    return as_stored(u.astype(carrier(p, u)), u.dtype).astype(u.dtype)
 
 
 def land(
@@ -72,7 +75,7 @@ def land(
 
     Args:
         p: weights.
-        u: their update.
+        u: their update, from memory or `held`.
         reached: ``p + u`` as it rounds.
         target: where they shall be, in the dtype of ``p``.
         shrinks: whether the set stays a set when entries shrink; a sum then misses it that is not
@@ -87,15 +90,20 @@ def land(
         return lax.complex(*(land(*part, shrinks=shrinks) for part in parts)).astype(u.dtype)
     wide = carrier(p, u)
     w, s, t = (x.astype(wide) for x in (p, reached, target))
-    new = as_stored(t - w, u.dtype)
+    new = _rounded(t - w, u.dtype)
     if bounds is not None or shrinks is not None:
         low, high = bounds or _room(s, t, shrinks=shrinks)
         probe = add_as_apply_updates(p, new.astype(u.dtype)).astype(wide)
         step = _to_the_next(new, u.dtype)
         above, below = probe > high.astype(wide), probe < low.astype(wide)
-        new = jnp.where(above, new - step, jnp.where(below, new + step, new))
+        new = _rounded(jnp.where(above, new - step, jnp.where(below, new + step, new)), u.dtype)
     kept = straight_through(u.astype(wide), new)
-    return as_stored(jnp.where(s == t, kept, new), u.dtype).astype(u.dtype)
+    return jnp.where(s == t, kept, new).astype(u.dtype)
+
+
+def _rounded(x: Array, dtype: Any) -> Array:
+    """What is no product needs no more than its own rounding."""
+    return x if x.dtype == dtype else as_stored(x, dtype)
 
 
 def _room(reached: Array, target: Array, *, shrinks: bool | None) -> tuple[Array, Array]:

@@ -10,7 +10,7 @@ import optax
 from jax import Array, lax
 
 from optax_clip import _owners, _validate, _xla
-from optax_clip._landing import land, reach
+from optax_clip._landing import add_as_apply_updates, held, land
 from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes
 from optax_clip._numerics import accumulator, clamp, widen
 from optax_clip._records import Report, increment, transform
@@ -242,7 +242,8 @@ def _into_bounds(how: _How, ps: list[Array], us: list[Array], memory: Any) -> La
     bounds: Any = how.constraint.bounds
     new = []
     for p, u, ends in zip(ps, us, bounds(how.scopes.alone(ps), memory, how.params), strict=True):
-        reached = reach(p, u)
+        u = held(p, u)
+        reached = add_as_apply_updates(p, u)
         new.append(land(p, u, reached, clamp(reached, *ends), bounds=ends))
     return new, memory, ()
 
@@ -251,9 +252,8 @@ def _rescaled(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Lande
     """By what is measured first: updates are written once, and the norms read them for themselves."""
     factors: Any = how.constraint.factors
     us = lax.optimization_barrier(us)
-    own = zip(*lax.optimization_barrier((ps, us)), strict=True)
-    measured = factors(how.scopes.alone([reach(p, u) for p, u in own]), memory, how.params)
-    reached = [reach(p, u) for p, u in zip(ps, us, strict=True)]
+    measured = factors(how.scopes.alone(ps), memory, how.params, how.scopes.alone(us))
+    reached = [add_as_apply_updates(p, u) for p, u in zip(ps, us, strict=True)]
     new = _landed(how, ps, us, reached, measured.of(reached))
     return new, memory, measured.report() if how.record else ()
 
@@ -261,7 +261,7 @@ def _rescaled(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Lande
 def _moved(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Landed:
     """By any other set or callable."""
     us = lax.optimization_barrier(us)
-    reached = [reach(p, u) for p, u in zip(ps, us, strict=True)]
+    reached = [add_as_apply_updates(p, u) for p, u in zip(ps, us, strict=True)]
     tree = how.scopes.alone(reached)
     move = how.constraint.move
     params, memory = move(tree, memory, how.params) if move else (how.constraint(tree), memory)

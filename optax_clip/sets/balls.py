@@ -256,10 +256,10 @@ def _plan(norm: Norm, n: Any, low: Array, high: Array, *, sphere: bool) -> _Plan
 
 
 def _factors(
-    bounds: NormBounds, lower: str, upper: str, params: optax.Params, memory: Any, beside: Any
+    bounds: NormBounds, lower: str, upper: str, params: optax.Params, memory: Any, *besides: Any
 ) -> Factors:
     """Rescale each scope whose norm is outside [lower, upper]."""
-    scopes, xs, norms = bounds.cut(params, beside)
+    scopes, xs, norms = bounds.cut(params, *besides)
     sphere = lower == upper
     lows, highs = bounds.both(lower, upper, scopes, xs, [norm.root for norm in norms], memory)
     highs = [jnp.where(bounds.free(upper, high), jnp.inf, high) for high in highs]

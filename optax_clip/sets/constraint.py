@@ -12,6 +12,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from optax_clip import _settings, _validate
+from optax_clip._landing import add_as_apply_updates
 from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes, varying_axes
 from optax_clip._numerics import accumulator, widen
 from optax_clip._settings import Initial, Setting
@@ -70,7 +71,8 @@ class Constraint(NamedTuple):
             those of each float leaf, arrays that broadcast to it and numbers of its dtype. They may
             depend on the shapes of the weights. A complex leaf has bounds on its modulus, in the dtype
             of a part.
-        factors: ``(params, memory, beside) -> Factors`` for a set that rescales.
+        factors: ``(params, memory, beside, *updates) -> Factors`` for a set that rescales: by what the
+            weights are multiplied, or their sums with some updates, which then need not be written.
         axis_name: mapped axes that the metrics are summed over, as in `global_norm`.
 
     Examples:
@@ -92,7 +94,7 @@ class Constraint(NamedTuple):
     move: Callable[[optax.Params, Any, Any], tuple[optax.Params, Any]] | None = None
     init: Callable[[optax.Params], Any] | None = None
     bounds: Callable[[optax.Params, Any, Any], list[Bounds]] | None = None
-    factors: Callable[[optax.Params, Any, Any], Factors] | None = None
+    factors: Callable[..., Factors] | None = None
     axis_name: AxisName = None
 
     def __call__(self, params: optax.Params) -> optax.Params:
@@ -176,9 +178,14 @@ class NormBounds(NamedTuple):
         highs = self.read(name, scopes, xs, like, memory)
         return scopes.per_leaf([jnp.where(high == 0, jnp.inf, high) for high in highs])
 
-    def cut(self, params: optax.Params, beside: Any = None) -> tuple[Scopes, list[Array], list[Norm]]:
+    def cut(
+        self, params: optax.Params, beside: Any = None, *updates: optax.Updates
+    ) -> tuple[Scopes, list[Array], list[Norm]]:
+        """The norms of the weights, or of where updates take them."""
         scopes, xs = Scopes.of(params, self.scope, self.axis_name, beside=beside)
-        return scopes, xs, measure(scopes, xs, self.ord)
+        others = [scopes.leaves_of(tree, of="project_weights") for tree in updates]
+        read = add_as_apply_updates if updates else lambda x: x
+        return scopes, xs, measure(scopes, xs, self.ord, *others, read=read)
 
     def read(self, name: str, scopes: Scopes, xs: Sequence[Array], like: Cells, memory: Any) -> Cells:
         """One bound, cell by cell; NaN where it is relative to a norm of 0."""
