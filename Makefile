@@ -41,7 +41,7 @@ test-full: $(VENV)/.test  ## run the rest: what XLA makes of every transform, mi
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m full
 
 mutants: $(VENV)/.test  ## break the package in one line at a time, and see which test falls
-	$(BIN)/python -m tests.mutants
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 test-clients:  ## run the tests with libraries that take a transform, in .venv-clients
 	@$(MAKE) --no-print-directory VENV=$(VENV)-clients $(VENV)-clients/.clients
