@@ -199,9 +199,10 @@ def sent(name: str) -> Counter[str]:
 
     The mesh is in force, as this host has one device: what norms are laid out by.
     """
-    params = collectives.split(_chips.pod())
-    with jax.set_mesh(jax.tree.leaves(params)[0].sharding.mesh):
-        program = compiled.compile_step(transform(name), params, params)
+    tx, mesh = transform(name), _chips.pod()
+    params = collectives.split(mesh)
+    with jax.set_mesh(mesh):
+        program = compiled.compile_step(tx, params, params)
     always, sometimes = _hlo.collectives(program.as_text())
     return always + sometimes
 
