@@ -3,8 +3,8 @@
     make mutants                    # all of them
     make mutants ARGS="norms _mesh"  # those in files named so
 
-The package and its tests are copied, a line is changed, the tests named beside it run until one falls, and
-that one is printed. To add one, write a row: the text stands in its file exactly once.
+The package and its tests are copied, a line is changed, the tests named beside it run until one falls,
+and that one is printed. To add one, write a row: the text stands in its file exactly once.
 """
 
 import os
