@@ -8,6 +8,8 @@ CHECKED = tests/test_readme.py tests/test_public.py tests/test_imports.py tests/
 ACCELERATORS = $(VENV)-accelerators
 
 BIN = $(VENV)/bin
+# What a formula means does not depend on how well XLA compiles it, which takes a third of the time.
+QUICKLY = XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS"
 NBMAKE = $(BIN)/python -m pytest -W default --nbmake
 PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 
@@ -27,10 +29,7 @@ sweep: $(VENV)/.demo  ## train three small models under many thresholds and rule
 	$(BIN)/python -m benchmarks.sweep
 
 check: $(VENV)/.test  ## see that it works: the README's examples and the quick tests
-	$(BIN)/python -m pytest -n 2 -q $(CHECKED) -k 'README: or not test_code_runs'
-
-# What a formula means does not depend on how well XLA compiles it, which takes a third of the time.
-QUICKLY = XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS"
+	$(QUICKLY) $(BIN)/python -m pytest -n 2 -q -m 'not full' $(CHECKED) -k 'README: or not test_code_runs'
 
 test: $(VENV)/.test  ## run the tests of what everything means, in minutes
 	$(QUICKLY) $(BIN)/python -m pytest $(PYTEST_ARGS) -m 'not full' tests/mesh
@@ -41,7 +40,7 @@ test-full: $(VENV)/.test  ## run the rest: what XLA makes of every transform, mi
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m full
 
 mutants: $(VENV)/.test  ## break the package in one line at a time, and see which test falls
-	$(BIN)/python -m tests.mutants
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 test-clients:  ## run the tests with libraries that take a transform, in .venv-clients
 	@$(MAKE) --no-print-directory VENV=$(VENV)-clients $(VENV)-clients/.clients

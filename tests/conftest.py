@@ -53,8 +53,8 @@ def pytest_ignore_collect(collection_path, config):
 def pytest_collection_modifyitems(items):
     """With ``--dist loadgroup``: what compiles the same programs runs in one process."""
     for item in items:
-        row = item.callspec.params.get("row") if hasattr(item, "callspec") else None
-        group = item.module.__name__ if row is None else row.id
+        args = item.callspec.params if hasattr(item, "callspec") else {}
+        group = args["row"].id if "row" in args else f"{item.module.__name__} {args.get('chip', '')}"
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(group))
         if is_full(item):
