@@ -189,7 +189,8 @@ def _joined(scopes: Scopes, parts: Sequence[_Part], each: Sequence[Cells]) -> Ce
         return each[0]
     values = _in_order(parts, [part.scopes.per_leaf(x) for part, x in zip(parts, each, strict=True)])
     widest = jnp.result_type(*(x.dtype for x in values))
-    return scopes.cells([x.astype(widest) for x in values])
+    # Behind barriers: in a kernel with the factors of a leaf the rest would make these wait.
+    return scopes.cells([lax.optimization_barrier(x.astype(widest)) for x in values])
 
 
 def _measured_or_given(part: _Part, ord: Ord, **named: Any) -> list[Norm]:
