@@ -57,7 +57,7 @@ class Network(NamedTuple):
 
 
 ON_CPU = Network(layers=10, side=1000, batch=32)
-ON_CHIPS = Network(layers=3, side=4096, batch=512)
+ON_CHIPS = Network(layers=6, side=4096, batch=512)
 TINY = Network(layers=2, side=8, batch=4)
 
 

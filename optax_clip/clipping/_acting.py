@@ -103,18 +103,13 @@ class Clipping(NamedTuple):
         """What is measured and rescaled before anything else is looked at: all, or a leaf.
 
         A leaf on its own need not be kept until the last is measured, if nothing about another concerns
-        it. Small ones go together.
+        it.
         """
         apart = self.is_local and self.limits.act_alone
         if not apart or scopes.is_global or isinstance(self.scope, Groups):
             return [_Part(scopes, xs, params, tuple(range(len(xs))))]
-        large = [i for i, x in enumerate(xs) if x.size > _SMALL]
-        small = [i for i, x in enumerate(xs) if x.size <= _SMALL]
         weights = None if params is None else scopes.leaves_of(params, of=A_RULE)
-        return [
-            self._part(scopes, xs, weights, tuple(some))
-            for some in [*([i] for i in large), *([small] if small or not large else [])]
-        ]
+        return [self._part(scopes, xs, weights, some) for some in in_batches(xs)]
 
     def _part(self, scopes: Scopes, xs: list[Array], weights: Any, order: tuple[int, ...]) -> "_Part":
         """Some leaves as a tree of their own, cut as they are in the whole."""
@@ -156,6 +151,13 @@ class Clipping(NamedTuple):
         )
 
 
+def in_batches(xs: Sequence[Array]) -> list[tuple[int, ...]]:
+    """Each large leaf on its own, all small ones together: kernels cost, too."""
+    large: list[tuple[int, ...]] = [(i,) for i, x in enumerate(xs) if x.size > _SMALL]
+    small = tuple(i for i, x in enumerate(xs) if x.size <= _SMALL)
+    return [*large, small] if small or not large else large
+
+
 class _Part(NamedTuple):
     """Some leaves, with their weights if the limits ask for these; at which places of the whole."""
 
@@ -187,7 +189,8 @@ def _joined(scopes: Scopes, parts: Sequence[_Part], each: Sequence[Cells]) -> Ce
         return each[0]
     values = _in_order(parts, [part.scopes.per_leaf(x) for part, x in zip(parts, each, strict=True)])
     widest = jnp.result_type(*(x.dtype for x in values))
-    return scopes.cells([x.astype(widest) for x in values])
+    # Behind barriers: in a kernel with the factors of a leaf the rest would make these wait.
+    return scopes.cells([lax.optimization_barrier(x.astype(widest)) for x in values])
 
 
 def _measured_or_given(part: _Part, ord: Ord, **named: Any) -> list[Norm]:
