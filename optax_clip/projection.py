@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from optax_clip import _validate, _xla
 from optax_clip._landing import add_as_apply_updates, land, reach
-from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes
+from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes, together
 from optax_clip._numerics import accumulator, beyond, widen
 from optax_clip._records import Report, increment, transform
 from optax_clip._trees import Scopes, is_inexact
@@ -156,6 +156,7 @@ def project_weights(
     def step(updates: optax.Updates, memory: Any, params: Any, **extra: Any) -> tuple[Any, Any, Any]:
         del extra
         _validate.params_given(params, of="project_weights")
+        updates, params = _where_they_meet(updates, params)
         # An `every` that is traced was 1 at init if no steps are counted.
         each_step = not (isinstance(memory, dict) and "turns" in memory)
         kept = memory if each_step else memory["set"]
@@ -174,6 +175,14 @@ def project_weights(
 
     remembers = not always or wanted.init is not None
     return transform(name, ("moves", "turns"), init, step, record=record, remembers=remembers)
+
+
+def _where_they_meet(updates: optax.Updates, params: optax.Params) -> tuple[Any, Any]:
+    """Both on the devices where `optax.apply_updates` adds them up."""
+    scopes, us = Scopes.of(updates, "leaf", axis_name=(), beside=params)
+    pairs = list(map(together, us, scopes.leaves_of(params, of="project_weights")))
+    us, ps = ([pair[i] for pair in pairs] for i in (0, 1))
+    return scopes.rebuild(updates, us), scopes.rebuild(params, ps)
 
 
 class _How(NamedTuple):

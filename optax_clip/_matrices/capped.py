@@ -14,12 +14,12 @@ from optax_clip._matrices.split import (
     Split,
     adjoint,
     by_platform,
+    chosen,
     column,
     identity,
     largest_entry,
     normalized,
     over_matrix,
-    placed_like,
     tall,
 )
 from optax_clip._numerics import accumulator, power_of_two, scale, straight_through, widen
@@ -47,7 +47,7 @@ def cap_singular_values(
             the limit after rounding. Static.
     """
     dtype = accumulator([x])
-    limit = jnp.broadcast_to(jnp.maximum(limit.astype(dtype), 0), x.shape[:-2])
+    limit = jnp.maximum(limit.astype(dtype), 0)
     capped: Array = by_platform(functools.partial(_capped, landing=landing), method, x, limit)
     return capped
 
@@ -56,14 +56,13 @@ def _capped(x: Array, limit: Array, *, method: Method, landing: bool) -> Array:
     y, back = tall(widen(x, accumulator([x])))
     split = Split.of(y)
     y = split.by_rows(y)
+    limit = split.over_batch(limit, y)
     finite = jnp.all(jnp.isfinite(y), axis=(-2, -1))
     y = jnp.where(over_matrix(finite), y, 0)
     peak = lax.stop_gradient(largest_entry(y))
     aim = _aim(limit, peak, x.dtype) if landing else limit
     new, reaches = _cap(split, y, aim, peak, method)
-    move = over_matrix(finite & ~(reaches <= limit))
-    capped = placed_like(split.by_rows(back(new)), x)
-    return jnp.where(move, capped.astype(x.dtype), x)
+    return chosen(finite & ~(reaches <= limit), split.by_rows(back(new)), x)
 
 
 def _aim(limit: Array, peak: Array, dtype: Any) -> Array:
