@@ -14,7 +14,6 @@ from optax_clip._matrices.split import (
     Split,
     adjoint,
     by_platform,
-    chosen,
     column,
     identity,
     largest_entry,
@@ -22,6 +21,7 @@ from optax_clip._matrices.split import (
     over_matrix,
     tall,
 )
+from optax_clip._mesh import placed_like
 from optax_clip._numerics import accumulator, power_of_two, scale, straight_through, widen
 
 _NEAR = 2.5  # from so many times the goal one pass tells singular values near the goal to some eps
@@ -53,16 +53,18 @@ def cap_singular_values(
 
 
 def _capped(x: Array, limit: Array, *, method: Method, landing: bool) -> Array:
-    y, back = tall(widen(x, accumulator([x])))
-    split = Split.of(y)
-    y = split.by_rows(y)
+    own, back = tall(x)
+    split = Split.of(own)
+    own = split.by_rows(own)
+    y = widen(own, accumulator([x]))
     limit = split.over_batch(limit, y)
     finite = jnp.all(jnp.isfinite(y), axis=(-2, -1))
     y = jnp.where(over_matrix(finite), y, 0)
     peak = lax.stop_gradient(largest_entry(y))
     aim = _aim(limit, peak, x.dtype) if landing else limit
     new, reaches = _cap(split, y, aim, peak, method)
-    return chosen(finite & ~(reaches <= limit), split.by_rows(back(new)), x)
+    move = over_matrix(finite & ~(reaches <= limit))
+    return placed_like(split.by_rows(back(jnp.where(move, new.astype(x.dtype), own))), x)
 
 
 def _aim(limit: Array, peak: Array, dtype: Any) -> Array:

@@ -10,7 +10,6 @@ from optax_clip._matrices.split import (
     Method,
     Split,
     by_platform,
-    chosen,
     column,
     largest_entry,
     normalized,
@@ -59,7 +58,8 @@ def power_step(x: Array, goal: Array, vector: Array, iterations: int) -> tuple[A
     A matrix with an inf or NaN entry, or that maps the vector to 0, stays as it is, as does its vector.
     """
     split = Split.of(x)
-    wide = split.by_rows(widen(x, accumulator([x])))
+    own = split.by_rows(x)
+    wide = widen(own, accumulator([x]))
     goal, unit = split.over_batch(goal, wide), power_of_two(largest_entry(wide))
     y = lax.stop_gradient(scale(wide, over_matrix(1 / unit)))
 
@@ -75,4 +75,5 @@ def power_step(x: Array, goal: Array, vector: Array, iterations: int) -> tuple[A
     first, second = jnp.where(over, 1 / unit, 1), jnp.where(over, goal, 1) / jnp.where(over, sigma, 1)
     smaller = round_toward_zero(scale(wide, over_matrix(first), over_matrix(second)), x.dtype)
     kept = jnp.where((jnp.isfinite(sigma) & (sigma > 0))[..., None], new, start)
-    return chosen(over, smaller, x), placed_like(kept.astype(vector.dtype), vector)
+    chosen = placed_like(jnp.where(over_matrix(over), smaller, own), x)
+    return chosen, placed_like(kept.astype(vector.dtype), vector)

@@ -11,8 +11,7 @@ from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_clip import _xla
-from optax_clip._mesh import placed_like, replicated
-from optax_clip._numerics import broadcast_like, power_of_two, scale
+from optax_clip._numerics import power_of_two, scale
 
 Method = Literal["polar", "eigh"]
 
@@ -127,12 +126,6 @@ def largest_entry(x: Array) -> Array:
 
 def real(x: Array) -> Any:
     return jnp.finfo(x.dtype).dtype
-
-
-def chosen(flag: Array, new: Array, x: Array) -> Array:
-    """For each matrix the new one where a flag says so, on the devices of the old one."""
-    flag = broadcast_like(over_matrix(replicated(flag)), x)
-    return lax.select(flag, placed_like(new, x).astype(x.dtype), x)
 
 
 def column(split: Split, x: Array, lengths: Array) -> Array:
