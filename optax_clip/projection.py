@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from optax_clip import _owners, _validate, _xla
 from optax_clip._landing import add_as_apply_updates, held, land
-from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes
+from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes, together
 from optax_clip._numerics import accumulator, clamp, widen
 from optax_clip._records import Report, increment, transform
 from optax_clip._trees import Scopes, is_inexact
@@ -158,11 +158,12 @@ def project_weights(
     def step(updates: optax.Updates, memory: Any, params: Any, **extra: Any) -> tuple[Any, Any, Any]:
         del extra
         _validate.params_given(params, of="project_weights")
+        updates, params = _where_they_meet(updates, params)
         # An `every` that is traced was 1 at init if no steps are counted.
         each_step = not (isinstance(memory, dict) and "count" in memory)
-        held = memory if each_step else memory["set"]
+        whole = memory if each_step else memory["set"]
         count = 0 if each_step else increment(memory["count"])
-        kept = _owners.opened(held, lambda: first(params)) if remembers else held
+        kept = _owners.opened(whole, lambda: first(params)) if remembers else whole
 
         def projected() -> tuple[optax.Updates, Any, Any]:
             return redirect(wanted, updates, params, kept, record=record)
@@ -172,8 +173,8 @@ def project_weights(
 
         due = True if each_step else count % jnp.maximum(jnp.int32(every), 1) == 0
         new, kept, moves = _xla.cond(due, projected, untouched)
-        held = _owners.closed(held, kept) if remembers else kept
-        memory = held if each_step else {"set": held, "count": count}
+        whole = _owners.closed(whole, kept) if remembers else kept
+        memory = whole if each_step else {"set": whole, "count": count}
 
         def report() -> Report:
             if wanted.bounds is None:
@@ -212,6 +213,14 @@ def _reached(end: Array, low: Array, high: Array) -> tuple[Array, Array]:
 
 
 Landed = tuple[list[Array], Any, Sequence[Array]]
+
+
+def _where_they_meet(updates: optax.Updates, params: optax.Params) -> tuple[Any, Any]:
+    """Both on the devices where `optax.apply_updates` adds them up."""
+    scopes, us = Scopes.of(updates, "leaf", axis_name=(), beside=params)
+    pairs = list(map(together, us, scopes.leaves_of(params, of="project_weights")))
+    us, ps = ([pair[i] for pair in pairs] for i in (0, 1))
+    return scopes.rebuild(updates, us), scopes.rebuild(params, ps)
 
 
 class _How(NamedTuple):

@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from optax_clip import _owners, _validate
-from optax_clip._mesh import all_reduce, place_like, varying_axes
+from optax_clip._mesh import all_reduce, place_like, placed_like, varying_axes
 from optax_clip._numerics import accumulator, as_dtype
 from optax_clip._records import increment
 from optax_clip._trees import Cells, Scopes, flatten
@@ -162,11 +162,11 @@ class Limits(NamedTuple):
         if not _remembers(rule):
             beside: Sequence[Array | None] = params or [None] * len(norms)
             asked = [rule.update(n, state, p, total)[0] for n, p in zip(norms, beside, strict=True)]
-            return _in_dtypes_of([n.root for n in seen.norms], asked), states
+            return _like_norms(seen, asked), states
         joined = seen.scopes.join(norms)
         _same_scopes(seen, state, joined)
         limits, state = rule.update(joined, state, seen.scopes.join(params) if params else None, total)
-        return _in_dtypes_of([n.root for n in seen.norms], seen.scopes.split(limits, norms)), [state]
+        return _like_norms(seen, seen.scopes.split(limits, norms)), [state]
 
     def _one_a_label(self, seen: Seen, states: list[Any]) -> tuple[Cells, list[Any]]:
         self._require_each(seen.scopes.labels)
@@ -261,6 +261,11 @@ def _same_scopes(seen: Seen, state: Any, joined: Array) -> None:
             "Expected params beside updates that are None where init saw weights, got params=None. Call "
             "tx.update(grads, state, params)."
         )
+
+
+def _like_norms(seen: Seen, limits: Cells) -> Cells:
+    """The limits in the dtype of the norms that they are for, and on their devices."""
+    return [placed_like(x.astype(n.root.dtype), n.root) for x, n in zip(limits, seen.norms, strict=True)]
 
 
 def _in_dtypes_of(old: Any, new: Any) -> Any:
