@@ -1,6 +1,6 @@
 """From a wanted weight to an update that reaches it, after `optax.apply_updates` has rounded."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,108 +10,84 @@ from jax import Array, lax
 from optax_clip._numerics import is_float8, straight_through
 
 
-def sum_dtype(p: Any, u: Any) -> Any:
-    """The dtype that JAX adds two arrays in, which strict promotion would refuse to name."""
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.promote_types(p.dtype, u.dtype)
-
-
-def carrier(p: Array, u: Array) -> Any:
-    """A dtype of at least 32 bits that holds the numbers of both arrays."""
-    return (
-        np.promote_types(sum_dtype(p, u), np.float32) if not is_float8(sum_dtype(p, u)) else jnp.float32
-    )
-
-
 def as_stored(x: Array, dtype: Any) -> Array:
     """``x`` as an array of ``dtype`` holds it, in the wide dtype of ``x``.
 
     XLA contracts a product with the sum that follows, and keeps 16-bit results in 32 bits; neither
     passes what stands here. A clamp to the finite numbers does it without writing to memory.
     """
-    if dtype == jnp.bfloat16 and x.dtype == jnp.float32:
-        return lax.reduce_precision(x, 8, 7)
     if dtype != x.dtype:
-        stored: Array = lax.optimization_barrier(x.astype(dtype))
-        return stored.astype(x.dtype)
+        return _rounded(x, dtype)
     info = jnp.finfo(dtype)
     least, most = float(info.smallest_normal), float(info.max)
     size = jnp.abs(x)
     return lax.select((size >= least) & (size <= most), jnp.clip(x, -most, most), x)
 
 
-def add_as_apply_updates(p: Array, u: Array) -> Array:
-    """``p + u`` as `optax.apply_updates` rounds it, in the dtype of ``p``.
-
-    Of two bfloat16 numbers the float32 sum rounds to the same, and costs a GPU's compiler less.
-    """
-    wide = sum_dtype(p, u)
-    if p.dtype == jnp.bfloat16 and wide.itemsize <= 4:
-        total = p.astype(jnp.float32) + u.astype(jnp.float32)
-        return lax.reduce_precision(total, 8, 7).astype(p.dtype)
-    rounded = (p.astype(wide) + u.astype(wide)).astype(p.dtype)
-    exact = p.dtype == wide and wide.itemsize >= 4
-    return rounded if exact else lax.optimization_barrier(rounded)
+def _rounded(x: Array, dtype: Any) -> Array:
+    """The same for what is no product, and is left as it is in its own dtype."""
+    if dtype == x.dtype:
+        return x
+    if dtype == jnp.bfloat16 and x.dtype == jnp.float32:
+        return lax.reduce_precision(x, 8, 7)
+    stored: Array = lax.optimization_barrier(x.astype(dtype))
+    return stored.astype(x.dtype)
 
 
-def held(p: Array, u: Array) -> Array:
-    """An update that is made in the pass which adds it to ``p``, kept apart from what makes it.
+class Step(NamedTuple):
+    """Real weights and their update, in a dtype of at least 32 bits that holds the numbers of both.
 
-    What comes from memory needs it not.
-    """
-    if jnp.iscomplexobj(u):
-        return lax.complex(held(p.real, u.real), held(p.real, u.imag))
-    return as_stored(u.astype(carrier(p, u)), u.dtype).astype(u.dtype)
-
-
-def land(
-    p: Array, u: Array, reached: Array, target: Array,
-    *, shrinks: bool | None = True, bounds: tuple[Array, Array] | None = None,
-) -> Array:  # fmt: skip
-    """An update in the dtype of ``u`` that takes ``p`` to ``target``, in the set after rounding.
-
-    ``target - p`` rounds, and so does the sum: where that misses, the next number is the update. A
-    target equal to what ``u`` reaches keeps ``u``.
+    CPUs convert a bfloat16 to the wide dtype and back wherever a formula says so, so it is done once.
 
     Args:
         p: weights.
-        u: their update, from memory or `held`.
-        reached: ``p + u`` as it rounds.
-        target: where they shall be, in the dtype of ``p``.
-        shrinks: whether the set stays a set when entries shrink; a sum then misses it that is not
-            between 0 and the target. If not, one that is on the side of the target that ``reached`` was
-            on. None: it has no inside, so the nearest sum is the best one, and steps to one side would
-            add up.
-        bounds: of each entry, or of its modulus; a sum outside misses.
+        u: their update.
+        dtypes: of the weights, of the update, and the one that JAX adds both in.
     """
-    if jnp.iscomplexobj(p):
-        parts = [[part(x) for x in (p, u, reached, target)] for part in (jnp.real, jnp.imag)]
-        shrinks = shrinks if bounds is None else True
-        return lax.complex(*(land(*part, shrinks=shrinks) for part in parts)).astype(u.dtype)
-    wide = carrier(p, u)
-    w, s, t = (x.astype(wide) for x in (p, reached, target))
-    new = _rounded(t - w, u.dtype)
-    if bounds is not None or shrinks is not None:
-        low, high = bounds or _room(s, t, shrinks=shrinks)
-        probe = add_as_apply_updates(p, new.astype(u.dtype)).astype(wide)
-        step = _to_the_next(new, u.dtype)
-        above, below = probe > high.astype(wide), probe < low.astype(wide)
-        new = _rounded(jnp.where(above, new - step, jnp.where(below, new + step, new)), u.dtype)
-    kept = straight_through(u.astype(wide), new)
-    return jnp.where(s == t, kept, new).astype(u.dtype)
 
+    p: Array
+    u: Array
+    dtypes: tuple[Any, Any, Any]
 
-def _rounded(x: Array, dtype: Any) -> Array:
-    """What is no product needs no more than its own rounding."""
-    return x if x.dtype == dtype else as_stored(x, dtype)
+    @classmethod
+    def of(cls, p: Array, u: Array, *, written: bool = True) -> "Step":
+        """An update that is not ``written`` to memory before is kept apart from what makes it."""
+        with jax.numpy_dtype_promotion("standard"):
+            added = jnp.promote_types(p.dtype, u.dtype)
+        wide = jnp.dtype(np.float32) if is_float8(added) else np.promote_types(added, np.float32)
+        v = u.astype(wide)
+        return cls(p.astype(wide), v if written else as_stored(v, u.dtype), (p.dtype, u.dtype, added))
 
+    @property
+    def end(self) -> Array:
+        """Where it takes the weights, as `optax.apply_updates` rounds their sum."""
+        dtype, _, added = self.dtypes
+        total = self.p + self.u
+        return _rounded(_rounded(total, added) if is_float8(added) else total, dtype)
 
-def _room(reached: Array, target: Array, *, shrinks: bool | None) -> tuple[Array, Array]:
-    """Between which numbers a sum is in the set."""
-    if shrinks:
-        return jnp.minimum(target, 0), jnp.maximum(target, 0)
-    low = jnp.where(reached < target, target, -jnp.inf)
-    return low, jnp.where(reached > target, target, jnp.inf)
+    def to(self, target: Array, ends: tuple[Array, Array] | None) -> "Step":
+        """The update that takes the weights to a target, or where that misses, the next one inwards.
+
+        ``target - p`` rounds, and so does the sum.
+
+        Args:
+            target: numbers of the dtype of the weights.
+            ends: what the sum has to be between. None where the nearest sum is the best one.
+        """
+        _, dtype, _ = self.dtypes
+        new = self._replace(u=_rounded(target - self.p, dtype))
+        if ends is None:
+            return new
+        low, high = (x.astype(new.p.dtype) for x in ends)
+        end, step = new.end, _to_the_next(new.u, dtype)
+        inwards = jnp.where(end > high, new.u - step, jnp.where(end < low, new.u + step, new.u))
+        return new._replace(u=_rounded(inwards, dtype))
+
+    def unless_at(self, target: Array, ends: tuple[Array, Array] | None) -> Array:
+        """The update to a target; itself, bit for bit, where that is where it leads."""
+        new = self.to(target, ends).u
+        kept = straight_through(self.u, new)
+        return jnp.where(self.end == target, kept, new).astype(self.dtypes[1])
 
 
 def _to_the_next(d: Array, dtype: Any) -> Array:
@@ -121,6 +97,55 @@ def _to_the_next(d: Array, dtype: Any) -> Array:
     one it may be below those, where the spacing is that of the smallest.
     """
     info, size = jnp.finfo(dtype), jnp.abs(lax.stop_gradient(d))
-    if dtype != d.dtype:
+    if info.maxexp < jnp.finfo(d.dtype).maxexp:
         size = jnp.maximum(size, float(info.smallest_normal))
     return size * (0.7 * float(info.eps))
+
+
+def add_as_apply_updates(p: Array, u: Array, *, written: bool = True) -> Array:
+    """``p + u`` as `optax.apply_updates` rounds it, in the dtype of ``p``."""
+    return _by_parts(lambda p, u: Step.of(p, u, written=written).end.astype(p.dtype), p, u)
+
+
+def land_between(p: Array, u: Array, low: Array, high: Array) -> Array:
+    """An update that is made in the same pass, changed to one that takes ``p`` between two bounds."""
+    step = Step.of(p, u, written=False)
+    ends = low.astype(step.p.dtype), high.astype(step.p.dtype)
+    return step.unless_at(jnp.clip(step.end, *ends), ends)
+
+
+def land(p: Array, u: Array, target: Array, *, shrinks: bool | None, written: bool = True) -> Array:
+    """An update changed to one that takes ``p`` to ``target``, in the set after rounding.
+
+    Args:
+        p: weights.
+        u: their update.
+        target: where they shall be, in the dtype of ``p``.
+        shrinks: whether the set stays a set when entries shrink; a sum then misses it that is not
+            between 0 and the target. If not, one that is on the side of the target from which it comes.
+            None: it has no inside, so steps to one side would add up.
+        written: whether the update comes from memory.
+    """
+
+    def each(p: Array, u: Array, target: Array) -> Array:
+        step = Step.of(p, u, written=written)
+        goal = target.astype(step.p.dtype)
+        room = None if shrinks is None else _room(step.end, goal, shrinks=shrinks)
+        return step.unless_at(goal, room)
+
+    return _by_parts(each, p, u, target)
+
+
+def _room(reached: Array, target: Array, *, shrinks: bool) -> tuple[Array, Array]:
+    if shrinks:
+        return jnp.minimum(target, 0), jnp.maximum(target, 0)
+    low = jnp.where(reached < target, target, -jnp.inf)
+    return low, jnp.where(reached > target, target, jnp.inf)
+
+
+def _by_parts(act: Any, *xs: Array) -> Array:
+    """Real and imaginary parts land by themselves."""
+    if not jnp.iscomplexobj(xs[0]):
+        real: Array = act(*xs)
+        return real
+    return lax.complex(*(act(*map(part, xs)) for part in (jnp.real, jnp.imag)))

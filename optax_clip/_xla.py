@@ -88,12 +88,21 @@ def apart(*parts: Array) -> tuple[Array, ...]:
     return whole
 
 
+def _in_memory(x: Array) -> Array:
+    """A bfloat16 that is made for a sum, which takes in conversions, but not roundings."""
+    return lax.optimization_barrier(x) if x.dtype == jnp.bfloat16 else x
+
+
 def sums_in_range(powers: Any, parts: list[tuple[Array, ...]]) -> tuple[list[Array], list[Array]]:
     """A fast sum, and where it is not to be trusted a second one with each scope brought into range.
 
     The extra sums of the formula would each cost a read.
     """
-    plain = powers.sum([powers.wide(*apart(*part)) for part in parts])
+
+    def read(*part: Array) -> Array:
+        return widen(_in_memory(powers.read(*part)), powers.dtype)
+
+    plain = powers.sum([read(*apart(*part)) for part in parts])
     ones = [jnp.ones_like(s) for s in plain]
     if powers.never_out_of_range(parts):
         return plain, ones
@@ -107,7 +116,7 @@ def sums_in_range(powers: Any, parts: list[tuple[Array, ...]]) -> tuple[list[Arr
         ]
         pairs = zip(parts, powers.scopes.per_leaf(scales), strict=True)
         separate = [apart(*part, k) for part, k in pairs]
-        return powers.sum([scale(powers.wide(*part), k) for *part, k in separate]), scales
+        return powers.sum([scale(read(*part), k) for *part, k in separate]), scales
 
     everywhere = all_devices_agree(functools.reduce(operator.and_, trusted, jnp.array(True)))
     return cond(for_all(lax.stop_gradient(everywhere)), lambda: (plain, ones), again)

@@ -10,7 +10,7 @@ import optax
 from jax import Array, lax
 
 from optax_clip import _owners, _validate, _xla
-from optax_clip._landing import add_as_apply_updates, held, land
+from optax_clip._landing import add_as_apply_updates, land, land_between
 from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes, together
 from optax_clip._numerics import accumulator, clamp, widen
 from optax_clip._records import Report, increment, transform
@@ -249,12 +249,15 @@ def redirect(
 def _into_bounds(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Landed:
     """Entry by entry, in the pass that makes the updates."""
     bounds: Any = how.constraint.bounds
-    new = []
-    for p, u, ends in zip(ps, us, bounds(how.scopes.alone(ps), memory, how.params), strict=True):
-        u = held(p, u)
-        reached = add_as_apply_updates(p, u)
-        new.append(land(p, u, reached, clamp(reached, *ends), bounds=ends))
-    return new, memory, ()
+    pairs = bounds(how.scopes.alone(ps), memory, how.params)
+    return [_between(p, u, *pair) for p, u, pair in zip(ps, us, pairs, strict=True)], memory, ()
+
+
+def _between(p: Array, u: Array, low: Array, high: Array) -> Array:
+    if not jnp.iscomplexobj(p):
+        return land_between(p, u, low, high)
+    u = lax.optimization_barrier(u)
+    return land(p, u, clamp(add_as_apply_updates(p, u), low, high), shrinks=True)
 
 
 def _rescaled(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Landed:
@@ -263,7 +266,7 @@ def _rescaled(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Lande
     us = lax.optimization_barrier(us)
     measured = factors(how.scopes.alone(ps), memory, how.params, how.scopes.alone(us))
     reached = [add_as_apply_updates(p, u) for p, u in zip(ps, us, strict=True)]
-    new = _landed(how, ps, us, reached, measured.of(reached))
+    new = _landed(how, ps, us, measured.of(reached))
     return new, memory, measured.report() if how.record else ()
 
 
@@ -275,7 +278,7 @@ def _moved(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Landed:
     move = how.constraint.move
     params, memory = move(tree, memory, how.params) if move else (how.constraint(tree), memory)
     _, targets = Scopes.of(params, "leaf", axis_name=())
-    new = _landed(how, ps, us, reached, targets)
+    new = _landed(how, ps, us, targets)
     return new, memory, _moves(how, ps, reached, new) if how.record else ()
 
 
