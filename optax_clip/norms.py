@@ -248,6 +248,21 @@ class Powers(NamedTuple):
         pairs = zip(sums, self.scopes.counts, strict=True)
         return [(~(s <= info.max), s < _like(n, s) * floor) for s, n in pairs]
 
+    def ways(self, xs: Sequence[Array]) -> list[list[Array]]:
+        """What is summed over: the powers of the entries as they are, shrunk and grown."""
+        small, large = (jnp.asarray(k, self.dtype) for k in (self.small, self.large))
+        forms = [xs, [scale(x, small) for x in xs], [scale(_capped(x), large) for x in xs]]
+        return [[_power(x, self.p) for x in form] for form in forms]
+
+    def chosen(self, plain: Cells, shrunk: Cells, grown: Cells) -> tuple[Cells, Cells]:
+        """Of the three sums of each scope the one in range, and how its entries were scaled."""
+        sums, scales = [], []
+        rows = zip(plain, shrunk, grown, self.out_of_range(plain), strict=True)
+        for middle, less, more, (high, low) in rows:
+            sums.append(jnp.where(high, less, jnp.where(low, more, middle)))
+            scales.append(jnp.where(high, self.small, jnp.where(low, self.large, 1)).astype(self.dtype))
+        return sums, scales
+
 
 def _sums_in_range(powers: Powers, parts: list[tuple[Array, ...]]) -> tuple[Cells, Cells]:
     """The sums of one read: as they are, shrunk, grown; one of the three is in range."""
@@ -255,16 +270,7 @@ def _sums_in_range(powers: Powers, parts: list[tuple[Array, ...]]) -> tuple[Cell
     if powers.never_out_of_range(parts):
         plain = powers.sum(wide)
         return plain, [jnp.ones_like(s) for s in plain]
-    small, large = (jnp.asarray(k, powers.dtype) for k in (powers.small, powers.large))
-    ways = [wide, [scale(x, small) for x in wide], [scale(_capped(x), large) for x in wide]]
-    plain, shrunk, grown = powers.scopes.sums([[_power(x, powers.p) for x in way] for way in ways])
-    sums, scales = [], []
-    for middle, less, more, (high, low) in zip(
-        plain, shrunk, grown, powers.out_of_range(plain), strict=True
-    ):
-        sums.append(jnp.where(high, less, jnp.where(low, more, middle)))
-        scales.append(jnp.where(high, small, jnp.where(low, large, 1)).astype(powers.dtype))
-    return sums, scales
+    return powers.chosen(*powers.scopes.sums(powers.ways(wide)))
 
 
 def _capped(x: Array) -> Array:

@@ -133,7 +133,7 @@ def test_jitted_is_eager_and_compiles_once(row, compilations):
     tx.update(GRADS[-1], eager_state, PARAMS)
     assert len(compilations) == before, "It compiles in each step outside of jit."
     steps = [int(x) for key, x in metrics(state).items() if key.endswith("/steps")]
-    assert steps == ([len(GRADS)] if row.counts else [])
+    assert set(steps) == ({len(GRADS)} if row.counts else set())
 
 
 def on_mesh(kind):

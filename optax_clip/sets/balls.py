@@ -34,6 +34,7 @@ from optax_clip.sets.constraint import (
     moved_by,
     no_start,
 )
+from optax_clip.sets.mappings import by_norms
 from optax_clip.sets.simplexes import l1_ball
 
 __all__ = ["norm_ball", "norm_shell", "norm_sphere"]
@@ -217,9 +218,10 @@ def _norm_set(
         gaps = [jnp.maximum(jnp.where(v > 0, low - v, 0), v - high) for v, low, high in ends]
         return largest([jnp.maximum(gap, 0) for gap in gaps])
 
+    mapped = functools.partial(by_norms, bounds, lower, upper) if bounds.ord in (None, 2) else None
     constraint = Constraint(
         lambda params: move(params, None).params, excess,
-        shrinks=shrinks, move=move, axis_name=bounds.axis_name,
+        shrinks=shrinks, move=move, axis_name=bounds.axis_name, scope=bounds.scope, mapped=mapped,
     )  # fmt: skip
     if not bounds.remembers:
         return constraint

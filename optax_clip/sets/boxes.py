@@ -28,6 +28,7 @@ from optax_clip._trees import Scopes, shape_of
 from optax_clip._validate import AxisName
 from optax_clip._values import value_object
 from optax_clip.sets.constraint import Constraint, Move, largest, no_start, require_real
+from optax_clip.sets.mappings import by_entry
 
 __all__ = ["box", "init_box", "non_negative"]
 
@@ -209,7 +210,8 @@ def _entrywise(bounds: Callable[..., Bounded], axis_name: AxisName) -> Constrain
     def move(params: optax.Params, memory: Any) -> Move:
         return Move(nearest(params, memory), memory)
 
-    return Constraint(nearest, excess, move=move, ends=ends, axis_name=axis_name)
+    mapped = functools.partial(by_entry, ends, axis_name)
+    return Constraint(nearest, excess, move=move, ends=ends, axis_name=axis_name, mapped=mapped)
 
 
 def _inwards(x: Array, low: Any, high: Any) -> tuple[Array, Array]:

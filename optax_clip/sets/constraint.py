@@ -41,6 +41,20 @@ class Move(NamedTuple):
     report: Callable[[], tuple[Array, Array]] | None = None
 
 
+class Mapped(NamedTuple):
+    """What a set leaves of a gradient.
+
+    Args:
+        grads: of each inexact leaf, in its own dtype.
+        memory: what the set keeps.
+        share: gives the share of entries that were changed.
+    """
+
+    grads: list[Array]
+    memory: Any
+    share: Callable[[], Array]
+
+
 class Constraint(NamedTuple):
     """A closed set of weights: how to get into it, how far a point is outside, and how to land.
 
@@ -55,6 +69,10 @@ class Constraint(NamedTuple):
         init: ``params -> memory``, what `project_weights` keeps for a set that remembers.
         ends: ``(tree, memory) -> list``, the bounds of each leaf, for a set that bounds each entry.
         axis_name: mapped axes that the metrics are summed over, as in `global_norm`.
+        scope: which entries the set couples; `gradient_mapping` looks ahead in each scope by a step of
+            its own.
+        mapped: ``(params, grads, memory, reach) -> Mapped``, the gradient mapping, for a set that knows
+            better than by the difference of two points.
 
     Examples:
         Weights on multiples of 1/8:
@@ -76,6 +94,8 @@ class Constraint(NamedTuple):
     init: Callable[[optax.Params], Any] | None = None
     ends: Callable[[optax.Params, Any], list[tuple[Array, ...]]] | None = None
     axis_name: AxisName = None
+    scope: Scope = "global"
+    mapped: Callable[[optax.Params, optax.Updates, Any, Array], Mapped] | None = None
 
     def __call__(self, params: optax.Params) -> optax.Params:
         """The projection, so that a set is itself a callable ``params -> params``."""
