@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from optax_clip._numerics import is_float8, nextafter, straight_through
+from optax_clip._numerics import is_float8, straight_through
 
 
 def sum_dtype(p: Any, u: Any) -> Any:
@@ -29,9 +29,9 @@ def as_stored(x: Array, dtype: Any) -> Array:
     XLA contracts a product with the sum that follows, and keeps 16-bit results in 32 bits; neither
     passes what stands here. A clamp to the finite numbers does it without writing to memory.
     """
-    if dtype == jnp.bfloat16:
+    if dtype == jnp.bfloat16 and x.dtype == jnp.float32:
         return lax.reduce_precision(x, 8, 7)
-    if jnp.finfo(dtype).bits <= 16:
+    if dtype != x.dtype:
         stored: Array = lax.optimization_barrier(x.astype(dtype))
         return stored.astype(x.dtype)
     info = jnp.finfo(dtype)
@@ -50,58 +50,77 @@ def add_as_apply_updates(p: Array, u: Array) -> Array:
         total = p.astype(jnp.float32) + u.astype(jnp.float32)
         return lax.reduce_precision(total, 8, 7).astype(p.dtype)
     rounded = (p.astype(wide) + u.astype(wide)).astype(p.dtype)
-    return lax.optimization_barrier(rounded) if p.dtype.itemsize < 4 else rounded
+    exact = p.dtype == wide and wide.itemsize >= 4
+    return rounded if exact else lax.optimization_barrier(rounded)
 
 
-def reach(p: Array, u: Array) -> Array:
-    """Where the update takes the weights."""
-    if jnp.iscomplexobj(p):
-        return lax.complex(reach(p.real, u.real), reach(p.imag, u.imag))
-    return add_as_apply_updates(p, as_stored(u.astype(carrier(p, u)), u.dtype).astype(u.dtype))
+def held(p: Array, u: Array) -> Array:
+    """An update that is made in the pass which adds it to ``p``, kept apart from what makes it.
+
+    What comes from memory needs it not.
+    """
+    if jnp.iscomplexobj(u):
+        return lax.complex(held(p.real, u.real), held(p.real, u.imag))
+    return as_stored(u.astype(carrier(p, u)), u.dtype).astype(u.dtype)
 
 
-def land(p: Array, u: Array, reached: Array, target: Array, *, shrinks: bool | None) -> Array:
+def land(
+    p: Array, u: Array, reached: Array, target: Array,
+    *, shrinks: bool | None = True, bounds: tuple[Array, Array] | None = None,
+) -> Array:  # fmt: skip
     """An update in the dtype of ``u`` that takes ``p`` to ``target``, in the set after rounding.
 
-    ``target - p`` rounds, and so does the sum: one neighbouring step of the update mends a miss.
-    A target equal to what ``u`` reaches keeps ``u``.
+    ``target - p`` rounds, and so does the sum: where that misses, the next number is the update. A
+    target equal to what ``u`` reaches keeps ``u``.
 
     Args:
         p: weights.
-        u: their update.
+        u: their update, from memory or `held`.
         reached: ``p + u`` as it rounds.
         target: where they shall be, in the dtype of ``p``.
-        shrinks: whether the set stays a set when entries shrink; it is then missed where the sum is
-            longer than the target. If not, it is missed where the sum ends on the side of the target
-            that ``reached`` was on. None: it has no inside, so the nearest sum is the best one, and
-            steps to one side would add up.
+        shrinks: whether the set stays a set when entries shrink; a sum then misses it that is not
+            between 0 and the target. If not, one that is on the side of the target that ``reached`` was
+            on. None: it has no inside, so the nearest sum is the best one, and steps to one side would
+            add up.
+        bounds: of each entry, or of its modulus; a sum outside misses.
     """
     if jnp.iscomplexobj(p):
         parts = [[part(x) for x in (p, u, reached, target)] for part in (jnp.real, jnp.imag)]
+        shrinks = shrinks if bounds is None else True
         return lax.complex(*(land(*part, shrinks=shrinks) for part in parts)).astype(u.dtype)
     wide = carrier(p, u)
     w, s, t = (x.astype(wide) for x in (p, reached, target))
-    new = as_stored(t - w, u.dtype)
-    probe = add_as_apply_updates(p, new.astype(u.dtype)).astype(wide)
-    if shrinks:
-        other_side = (probe > 0) & (t < 0) | (probe < 0) & (t > 0)
-        missed, up = (jnp.abs(probe) > jnp.abs(t)) | other_side, new < -w
-    else:
-        missed, up = (probe > t) & (s > t) | (probe < t) & (s < t), s < t
-    if shrinks is not None:
-        new = jnp.where(missed, _neighbour(new, up, u.dtype), new)
+    new = _rounded(t - w, u.dtype)
+    if bounds is not None or shrinks is not None:
+        low, high = bounds or _room(s, t, shrinks=shrinks)
+        probe = add_as_apply_updates(p, new.astype(u.dtype)).astype(wide)
+        step = _to_the_next(new, u.dtype)
+        above, below = probe > high.astype(wide), probe < low.astype(wide)
+        new = _rounded(jnp.where(above, new - step, jnp.where(below, new + step, new)), u.dtype)
     kept = straight_through(u.astype(wide), new)
-    return as_stored(jnp.where(s == t, kept, new), u.dtype).astype(u.dtype)
+    return jnp.where(s == t, kept, new).astype(u.dtype)
 
 
-def _neighbour(x: Array, up: Array, dtype: Any) -> Array:
-    """The next number of ``dtype``, above or below, in the wide dtype of ``x``."""
-    ends = jnp.where(up, jnp.inf, -jnp.inf).astype(dtype)
-    if dtype != jnp.bfloat16:
-        return nextafter(x.astype(dtype), ends).astype(x.dtype)
-    bits = lax.bitcast_convert_type(lax.stop_gradient(x), jnp.int32)
-    one = jnp.int32(1 << 16)  # a bfloat16 is the upper half of a float32
-    moved = jnp.where((x > 0) == up, bits + one, bits - one)
-    from_zero = jnp.where(up, one, one | jnp.int32(-(2**31)))
-    stepped = lax.bitcast_convert_type(jnp.where(x == 0, from_zero, moved), jnp.float32)
-    return straight_through(stepped, x)
+def _rounded(x: Array, dtype: Any) -> Array:
+    """What is no product needs no more than its own rounding."""
+    return x if x.dtype == dtype else as_stored(x, dtype)
+
+
+def _room(reached: Array, target: Array, *, shrinks: bool | None) -> tuple[Array, Array]:
+    """Between which numbers a sum is in the set."""
+    if shrinks:
+        return jnp.minimum(target, 0), jnp.maximum(target, 0)
+    low = jnp.where(reached < target, target, -jnp.inf)
+    return low, jnp.where(reached > target, target, jnp.inf)
+
+
+def _to_the_next(d: Array, dtype: Any) -> Array:
+    """What takes ``d`` to the next number of a dtype, once it is rounded: 0.7 to 1.4 of their spacing.
+
+    Only a difference that was rounded can miss. In its own dtype that is a normal number; in a narrower
+    one it may be below those, where the spacing is that of the smallest.
+    """
+    info, size = jnp.finfo(dtype), jnp.abs(lax.stop_gradient(d))
+    if dtype != d.dtype:
+        size = jnp.maximum(size, float(info.smallest_normal))
+    return size * (0.7 * float(info.eps))

@@ -159,22 +159,10 @@ def fits(given: tuple[int, ...], shape: tuple[int, ...], path: str, name: str) -
 
 def per_scope(scopes: Scopes, xs: Sequence[Array], like: Cells, **named: Any) -> Cells:
     """A setting beside the norms of its scopes, cell by cell, >= 0."""
-    ((name, value),) = named.items()
-    dtype = like[0].dtype
-    if scopes.is_global or scopes.labels is not None:
-        by_label = value if scopes.labels and isinstance(value, Mapping) else None
-        if by_label is not None:
-            missing = set(scopes.labels or ()) - set(by_label)
-            if missing:
-                raise ValueError(f"Expected {name} for each label, got none for {sorted(missing)}.")
-            return [jnp.stack([_bound(by_label[label], dtype) for label in scopes.labels or ()])]
-        if callable(value) or not jax.tree_util.all_leaves([value]) or jnp.ndim(value):
-            is_array = isinstance(value, (Array, np.ndarray))
-            got = f"{name} of shape {value.shape}" if is_array else f"{name}={value!r}"
-            raise ValueError(
-                f'Expected {name} to be one number with scope="global" or groups, got {got}.'
-            )
-        return [_bound(value, dtype)]
+    dtype, shared = like[0].dtype, _shared(scopes, **named)
+    if shared is not None:
+        rows = [_bound(x, dtype) for x in shared]
+        return rows if scopes.is_global else [jnp.stack(rows)]
     values = [_bound(x, dtype) for x in per_leaf(scopes, xs, scopes.shapes, **named)]
     parts = []
     for (_, where), x, shape in zip(scopes.homes, values, scopes.shapes, strict=True):
@@ -183,6 +171,31 @@ def per_scope(scopes: Scopes, xs: Sequence[Array], like: Cells, **named: Any) ->
             x.reshape(()) if flat else jnp.broadcast_to(x, shape) if where else aligned(x, len(shape))
         )
     return scopes.cells(parts)
+
+
+def per_home(scopes: Scopes, xs: Sequence[Array], **named: Any) -> list[Any]:
+    """The value of a setting that bounds norms for each leaf, as it was given."""
+    shared = _shared(scopes, **named)
+    if shared is None:
+        return per_leaf(scopes, xs, scopes.shapes, **named)
+    return [shared[where if isinstance(where, int) else 0] for _, where in scopes.homes]
+
+
+def _shared(scopes: Scopes, **named: Any) -> list[Any] | None:
+    """The numbers of leaves that share a norm: one for the whole tree, or one a label."""
+    ((name, value),) = named.items()
+    if not scopes.is_global and scopes.labels is None:
+        return None
+    if scopes.labels and isinstance(value, Mapping):
+        missing = set(scopes.labels) - set(value)
+        if missing:
+            raise ValueError(f"Expected {name} for each label, got none for {sorted(missing)}.")
+        return [value[label] for label in scopes.labels]
+    if callable(value) or not jax.tree_util.all_leaves([value]) or jnp.ndim(value):
+        is_array = isinstance(value, (Array, np.ndarray))
+        got = f"{name} of shape {value.shape}" if is_array else f"{name}={value!r}"
+        raise ValueError(f'Expected {name} to be one number with scope="global" or groups, got {got}.')
+    return [value] * max(len(scopes.labels or ()), 1)
 
 
 def aligned(x: Array, ndim: int) -> Array:

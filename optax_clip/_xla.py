@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from optax_clip._mesh import all_devices_agree
-from optax_clip._numerics import broadcast_like, scale, straight_through
+from optax_clip._numerics import accumulator, broadcast_like, scale, straight_through, widen
 
 T = TypeVar("T")
 _THREADS = 2**17  # so many keep a GPU's memory busy
@@ -134,6 +134,34 @@ def _select_bits(x: Array, flag: Array, y: Array) -> Array:
     upper = lax.convert_element_type(lax.shift_right_logical(bits, jnp.full_like(bits, 16)), jnp.uint16)
     chosen = lax.select(flag, upper, lax.bitcast_convert_type(x, jnp.uint16))
     return straight_through(lax.bitcast_convert_type(chosen, x.dtype), plain)
+
+
+def count_outside(x: Array, low: Array, high: Array, *, at: bool = False) -> Array:
+    """How many entries are below ``low`` or above ``high``, or ``at`` one of them; complex by modulus.
+
+    On a CPU in arithmetic, where an entry that is NaN makes the number NaN, and one that is infinite
+    beside an infinite bound, too; ``x`` has to be in memory there, else it is written for this sum.
+    """
+    dtype = accumulator([x])
+    low, high = low.astype(dtype), high.astype(dtype)
+
+    def compared(x: Array, low: Array, high: Array) -> Array:
+        x = size(x, dtype)
+        outside = (x <= low) | (x >= high) if at else (x < low) | (x > high)
+        return jnp.sum(outside, dtype=dtype)
+
+    def in_arithmetic(x: Array, low: Array, high: Array) -> Array:
+        x, low, high, *own = lax.optimization_barrier((x, low, high, *constants(dtype)))
+        x = size(x, dtype)
+        gap = jnp.minimum(high - x, x - low) if at else jnp.maximum(x - high, low - x)
+        number = jnp.sum(indicator(gap, *own))
+        return x.size - number if at else number
+
+    def size(x: Array, dtype: Any) -> Array:
+        wide = widen(x, dtype)
+        return jnp.abs(wide) if jnp.iscomplexobj(x) else wide
+
+    return by_platform(lax.stop_gradient(x), low, high, cpu=in_arithmetic, default=compared)
 
 
 def indicator(gap: Array, zero: Array, one: Array, huge: Array) -> Array:

@@ -12,7 +12,7 @@ from optax_clip._records import Report, transform
 from optax_clip._trees import Scopes
 from optax_clip.projection import ConstraintLike, project_weights
 from optax_clip.sets.constraint import as_constraint
-from optax_clip.sets.mappings import by_difference
+from optax_clip.sets.mappings import by_difference, by_entry
 
 __all__ = ["constrained", "gradient_mapping"]
 
@@ -77,7 +77,7 @@ def gradient_mapping(
     wanted = as_constraint(constraint)
     _validate.positive(reach=reach)
     _validate.record(record)
-    mapped = wanted.mapped or functools.partial(by_difference, wanted)
+    mapped = wanted.mapped or functools.partial(by_entry if wanted.bounds else by_difference, wanted)
 
     def init(params: optax.Params) -> Any:
         return wanted.init(params) if wanted.init else ()

@@ -52,7 +52,7 @@ def mask_outward(
 
         The first would grow beyond 1; the second comes back from its bound.
     """
-    if not isinstance(constraint, Constraint) or constraint.ends is None or constraint.init:
+    if not isinstance(constraint, Constraint) or constraint.bounds is None or constraint.init:
         hint = STATIC if isinstance(constraint, Array) else ""
         raise TypeError(f"Expected constraint to be a box, got constraint={constraint!r}.{hint}")
     _validate.record(record)

@@ -10,12 +10,12 @@ import optax
 from jax import Array, lax
 
 from optax_clip import _validate, _xla
-from optax_clip._landing import add_as_apply_updates, land, reach
+from optax_clip._landing import add_as_apply_updates, held, land
 from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes
-from optax_clip._numerics import accumulator, beyond, widen
+from optax_clip._numerics import accumulator, clamp, widen
 from optax_clip._records import Report, increment, transform
 from optax_clip._trees import Scopes, is_inexact
-from optax_clip.sets.constraint import Constraint, Move, as_constraint
+from optax_clip.sets.constraint import Constraint, as_constraint
 
 __all__ = ["project", "project_weights", "violation"]
 
@@ -159,19 +159,53 @@ def project_weights(
         kept = memory if each_step else memory["set"]
         turns = 0 if each_step else increment(memory["turns"])
 
-        def projected() -> tuple[optax.Updates, Any, tuple[Array, Array]]:
+        def projected() -> tuple[optax.Updates, Any, Any]:
             return redirect(wanted, updates, params, kept, record=record)
 
-        def untouched() -> tuple[optax.Updates, Any, tuple[Array, Array]]:
-            return updates, kept, (jnp.float32(0), jnp.float32(0))
+        def untouched() -> tuple[optax.Updates, Any, Any]:
+            return updates, kept, (jnp.float32(0),) * (2 if record and not wanted.bounds else 0)
 
         due = True if each_step else turns % jnp.maximum(jnp.int32(every), 1) == 0
-        new, kept, moved = _xla.cond(due, projected, untouched)
+        new, kept, moves = _xla.cond(due, projected, untouched)
         memory = kept if each_step else {"set": kept, "turns": turns}
-        return new, memory, lambda: Report({"moves": moved}, {"turns": (True,)})
 
+        def report() -> Report:
+            if wanted.bounds is None:
+                return Report({"moves": moves}, {"turns": (True,)})
+            share = jnp.where(due, at_bounds(wanted, new, params, kept), 0)
+            return Report({"share": (share,)}, {"turns": (True,)})
+
+        return new, memory, report
+
+    fields = "share" if wanted.bounds else "moves", "turns"
     remembers = not always or wanted.init is not None
-    return transform(name, ("moves", "turns"), init, step, record=record, remembers=remembers)
+    return transform(name, fields, init, step, record=record, remembers=remembers)
+
+
+def at_bounds(
+    constraint: Constraint, updates: optax.Updates, params: optax.Params, memory: Any
+) -> Array:
+    """The share of the weights that a step leaves at a bound.
+
+    Counted where `optax.apply_updates` writes them, so that XLA writes them once.
+    """
+    scopes, us = Scopes.of(updates, "leaf", axis_name=(), beside=params)
+    ps = scopes.leaves_of(params, of="project_weights")
+    bounds: Any = constraint.bounds
+    ends: list[Any] = [optax.apply_updates(p, u) for p, u in zip(ps, us, strict=True)]
+    pairs = zip(ends, bounds(scopes.alone(ps), memory), strict=True)
+    counts = [_xla.count_outside(end, *_reached(end, *pair), at=True) for end, pair in pairs]
+    (number,) = _over_all(constraint.axis_name, ps, counts)
+    return number / _entries(constraint.axis_name, ps)
+
+
+def _reached(end: Array, low: Array, high: Array) -> tuple[Array, Array]:
+    """What counts as at a bound: for a complex weight, whose modulus is rounded, near it."""
+    near = 1 - 16 * float(jnp.finfo(high.dtype).eps) if jnp.iscomplexobj(end) else 1
+    return low, high * near
+
+
+Landed = tuple[list[Array], Any, Sequence[Array]]
 
 
 class _How(NamedTuple):
@@ -181,73 +215,56 @@ class _How(NamedTuple):
     scopes: Scopes
     record: bool
 
-    def nearest(self, reached: list[Array], memory: Any) -> Move:
-        tree = self.scopes.alone(reached)
-        if self.constraint.move is None:
-            return Move(self.constraint(tree), memory)
-        return self.constraint.move(tree, memory)
-
-
-Landed = tuple[list[Array], Any, tuple[Array, Array]]
-
 
 def redirect(
     constraint: Constraint, updates: optax.Updates, params: optax.Params, memory: Any, *, record: bool
-) -> tuple[optax.Updates, Any, tuple[Array, Array]]:
-    """The updates that land in the set, its memory, how far the weights move and which share."""
+) -> tuple[optax.Updates, Any, Sequence[Array]]:
+    """The updates that land in the set, its memory, how far the weights move and which share.
+
+    Neither is told of a set that bounds each entry.
+    """
     scopes, us = Scopes.of(updates, "leaf", constraint.axis_name, beside=params)
-    if constraint.ends is None:
-        us = _xla.written_once(us)
     how = _How(constraint, scopes, record)
-    way = _landed_and_measured if record and constraint.ends else _landed
+    way = _into_bounds if constraint.bounds else _rescaled if constraint.factors else _moved
     new, memory, moved = way(how, scopes.leaves_of(params, of="project_weights"), us, memory)
     return scopes.rebuild(updates, new), memory, moved
 
 
-def _landed(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Landed:
-    """Where to, and the updates that land there."""
-    reached = [reach(p, u) for p, u in zip(ps, us, strict=True)]
-    move = how.nearest(reached, memory)
-    _, targets = Scopes.of(move.params, "leaf", axis_name=())
-    each = zip(ps, us, reached, targets, strict=True)
-    new = [land(*those, shrinks=how.constraint.shrinks) for those in each]
-    nothing = jnp.float32(0), jnp.float32(0)
-    moved = move.report or functools.partial(_moves, how, ps, reached, new)
-    return new, move.memory, moved() if how.record else nothing
+def _into_bounds(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Landed:
+    """Entry by entry, in the pass that makes the updates."""
+    bounds: Any = how.constraint.bounds
+    new = []
+    for p, u, ends in zip(ps, us, bounds(how.scopes.alone(ps), memory), strict=True):
+        u = held(p, u)
+        reached = add_as_apply_updates(p, u)
+        new.append(land(p, u, reached, clamp(reached, *ends), bounds=ends))
+    return new, memory, ()
 
 
-def _landed_and_measured(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Landed:
-    ways = (functools.partial(way, how) for way in (_measured_then_landed, _landed))
-    cpu, default = ways
-    return _xla.by_platform(ps, us, memory, cpu=cpu, default=default)
+def _rescaled(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Landed:
+    """By what is measured first: updates are written once, and the norms read them for themselves."""
+    factors: Any = how.constraint.factors
+    us = lax.optimization_barrier(us)
+    measured = factors(how.scopes.alone(ps), memory, how.scopes.alone(us))
+    reached = [add_as_apply_updates(p, u) for p, u in zip(ps, us, strict=True)]
+    new = _landed(how, ps, us, reached, measured.of(reached))
+    return new, memory, measured.report() if how.record else ()
 
 
-def _measured_then_landed(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Landed:
-    """On CPU: sums that read weights and updates alone, before the weights are overwritten."""
-    bounds: Any = how.constraint.ends
-    ends, numbers = bounds(how.scopes.alone(ps), memory), [_xla.constants(accumulator([p])) for p in ps]
-    rows = list(zip(*lax.stop_gradient((ps, us)), ends, strict=True))
-    own, again = (
-        [_xla.apart(p, u, *each, *own) for (p, u, each), own in zip(rows, numbers, strict=True)]
-        for _ in range(2)
-    )
-    gaps, marks = ([_outside(*each[:6]) for each in parts] for parts in (own, again))
-    squares = [jnp.sum(gap * gap) for gap in gaps]
-    counts = [jnp.sum(_xla.indicator(gap, *each[6:])) for gap, each in zip(marks, again, strict=True)]
-    whole = functools.reduce(jnp.logical_and, (x == x for x in counts), jnp.array(True))
-
-    def exactly() -> list[Array]:
-        return [jnp.sum(~(_outside(p, u, *each) <= 0), dtype=accumulator([p])) for p, u, each in rows]
-
-    counts = _xla.cond(_xla.for_all(whole), lambda: counts, exactly)
-    each = map(lax.optimization_barrier, zip(us, squares, counts, strict=True))
-    us, squares, counts = map(list, zip(*each, strict=True)) if us else ([], [], [])
-    new, memory, _ = _landed(how._replace(record=False), ps, us, memory)
-    return new, memory, _over_all(how, ps, squares, counts)
+def _moved(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Landed:
+    """By any other set or callable."""
+    us = lax.optimization_barrier(us)
+    reached = [add_as_apply_updates(p, u) for p, u in zip(ps, us, strict=True)]
+    tree = how.scopes.alone(reached)
+    move = how.constraint.move
+    params, memory = move(tree, memory) if move else (how.constraint(tree), memory)
+    _, targets = Scopes.of(params, "leaf", axis_name=())
+    new = _landed(how, ps, us, reached, targets)
+    return new, memory, _moves(how, ps, reached, new) if how.record else ()
 
 
-def _outside(p: Array, u: Array, *ends: Array) -> Array:
-    return jnp.maximum(beyond(add_as_apply_updates(p, u), *ends), 0)
+def _landed(how: _How, *columns: list[Array]) -> list[Array]:
+    return [land(*each, shrinks=how.constraint.shrinks) for each in zip(*columns, strict=True)]
 
 
 def _moves(how: _How, ps: list[Array], reached: list[Array], new: list[Array]) -> tuple[Array, Array]:
@@ -257,7 +274,9 @@ def _moves(how: _How, ps: list[Array], reached: list[Array], new: list[Array]) -
         for s, p, v in zip(reached, ps, new, strict=True)
     ]
     squares, counts = zip(*pairs, strict=True) if pairs else ((), ())
-    return _over_all(how, ps, squares, counts)
+    axis_name = how.constraint.axis_name
+    square, number = _over_all(axis_name, ps, squares, counts)
+    return jnp.sqrt(square), number / _entries(axis_name, ps)
 
 
 def _gap(reached: Array, p: Array, new: Array) -> tuple[Array, Array]:
@@ -271,15 +290,16 @@ def _gap(reached: Array, p: Array, new: Array) -> tuple[Array, Array]:
     return gap * gap, (s != end).astype(wide)
 
 
-def _over_all(
-    how: _How, ps: Sequence[Array], squares: Sequence[Array], counts: Sequence[Array]
-) -> tuple[Array, Array]:
-    """Distance and fraction from the sums of each leaf, on all devices that hold a part of it."""
-    axes = [reduction_axes(how.constraint.axis_name, p) for p in ps]
-    size = max(sum(p.size * axis_size(names) for p, names in zip(ps, axes, strict=True)), 1)
-    sums = all_reduce([*squares, *counts], [*axes, *axes], lax.psum)
-    parts = [x.astype(jnp.float32) for x in sums]
-    square, count = (
-        functools.reduce(jnp.add, half, jnp.float32(0)) for half in (parts[: len(ps)], parts[len(ps) :])
-    )
-    return jnp.sqrt(square), count / size
+def _over_all(axis_name: Any, ps: Sequence[Array], *columns: Sequence[Array]) -> list[Array]:
+    """Sums of each leaf, column by column, on all devices that hold a part of it."""
+    axes = [reduction_axes(axis_name, p) for p in ps]
+    parts = all_reduce([x for column in columns for x in column], axes * len(columns), lax.psum)
+    halves = [parts[k * len(ps) :][: len(ps)] for k in range(len(columns))]
+    return [
+        functools.reduce(jnp.add, [x.astype(jnp.float32) for x in half], jnp.float32(0))
+        for half in halves
+    ]
+
+
+def _entries(axis_name: Any, ps: Sequence[Array]) -> int:
+    return max(sum(p.size * axis_size(reduction_axes(axis_name, p)) for p in ps), 1)

@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from optax_clip import _settings, _validate
-from optax_clip._landing import land, reach
+from optax_clip._landing import add_as_apply_updates, held, land
 from optax_clip._mesh import all_reduce, reduction_axes
 from optax_clip._numerics import accumulator, as_dtype, broadcast_like, round_toward_zero, scale, widen
 from optax_clip._records import Report, fraction, transform
@@ -239,7 +239,8 @@ def _by_signal(
 
 def _rescaled(p: Array, u: Array, factor: Array) -> Array:
     """The update that takes the weights to ``factor * (p + u)``."""
-    reached = reach(p, u)
+    u = held(p, u)
+    reached = add_as_apply_updates(p, u)
     target = round_toward_zero(scale(widen(reached, factor.dtype), factor), p.dtype)
     landed = land(p, u, reached, target, shrinks=True)
     return lax.select(broadcast_like(factor == 1, u), u, landed)

@@ -41,7 +41,7 @@ def test_jitted_is_eager_behind_an_optimizer(row):
 @pytest.mark.parametrize("size", [1, 64, N, 4096, 5000])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_share_of_a_box(name, size, standard_promotion):
-    """The share of entries beyond 1, counted by NumPy; and a box that holds all moves nothing."""
+    """The share of weights at 1, counted by NumPy; and a box that holds all has none."""
     w = jnp.asarray(np.random.default_rng(1).normal(size=size), jnp.float32)
     gradient = jnp.zeros_like(w)
 
@@ -52,7 +52,4 @@ def test_the_share_of_a_box(name, size, standard_promotion):
     outside = np.abs(np.asarray(w, np.float64)) > 1
     found = step(box(-1.0, 1.0))
     np.testing.assert_allclose(found["project/fraction"], outside.mean(), rtol=1e-6)
-    gap = np.maximum(np.abs(np.asarray(w, np.float64)) - 1, 0)
-    np.testing.assert_allclose(found["project/distance"], np.sqrt((gap**2).sum()), rtol=1e-5, atol=1e-6)
-    found = step(box(-100.0, 100.0))
-    assert (float(found["project/fraction"]), float(found["project/distance"])) == (0, 0)
+    assert step(box(-100.0, 100.0))["project/fraction"] == 0

@@ -153,7 +153,10 @@ def test_what_lands_inside_keeps_its_update_bit_for_bit(constraint, dtype, wrap)
     plain = wrap(lambda u: optax.scale(-0.37).update(u, optax.EmptyState())[0])(updates)
     assert inside.mean() > 0.5
     np.testing.assert_array_equal(np.asarray(new)[inside], np.asarray(plain)[inside])
-    assert float(recorded["project/fraction"]) == pytest.approx(1 - inside.mean(), abs=1e-6)
+    if constraint.bounds:
+        assert "project/distance" not in recorded
+    else:
+        assert float(recorded["project/fraction"]) == 1 - inside.mean() == recorded["project/distance"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
@@ -381,9 +384,13 @@ def test_metrics_of_one_step():
     tx = optax_clip.project_weights(optax_clip.box(-1.0, 1.0))
     new, state = tx.update(updates, tx.init(params), params)
     np.testing.assert_array_equal(new["b"], [-1.0, 0.0])
-    # Two of four entries move, by 3 and by 4.
+    # Two of four entries end at a bound.
+    assert optax_clip.metrics(state) == {"project/fraction": 0.5, "project/steps": 1}
+    # Of the norms sqrt(16.25) = 4.03 and 5, the second is moved by 0.5.
+    tx = optax_clip.project_weights(optax_clip.norm_ball(4.5))
+    _, state = tx.update(updates, tx.init(params), params)
     assert optax_clip.metrics(state) == {
-        "project/distance": 5.0,
+        "project/distance": pytest.approx(0.5, rel=1e-5),
         "project/fraction": 0.5,
         "project/steps": 1,
     }

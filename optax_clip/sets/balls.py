@@ -2,10 +2,8 @@
 
 import functools
 import math
-import operator
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
@@ -13,21 +11,21 @@ from jax import Array, lax
 from optax_clip import _settings, _validate
 from optax_clip._numerics import (
     broadcast_like,
-    clamp,
-    round_down,
     round_toward_zero,
     scale,
     straight_through,
     widen,
 )
-from optax_clip._settings import Initial, Setting
-from optax_clip._validate import AxisName, Groups, Ord, Scope
+from optax_clip._settings import Setting
+from optax_clip._trees import Scopes
+from optax_clip._validate import AxisName, Ord, Scope
 from optax_clip._values import value_object
 from optax_clip.norms import Norm
-from optax_clip.sets.boxes import box
+from optax_clip.sets.boxes import entrywise, inwards
 from optax_clip.sets.constraint import (
+    Bounds,
     Constraint,
-    Move,
+    Factors,
     NormBounds,
     largest,
     margins,
@@ -88,11 +86,13 @@ def norm_ball(
     _validate.static(ord=ord)
     if ord not in (None, 1, 2, math.inf):
         raise ValueError(f"Expected ord to be None, 1, 2 or inf, got ord={ord!r}.")
-    if ord == math.inf and not isinstance(radius, Initial) and not isinstance(scope, Groups):
-        return _cube(radius, axis_name)
     bounds = NormBounds(scope, axis_name, ord, {"radius": radius})
-    move = l1_ball if ord == 1 else (_max_ball if ord == math.inf else _by_norm)
-    return _norm_set(bounds, functools.partial(move, bounds), "", "radius", shrinks=ord != math.inf)
+    if ord == math.inf:
+        return _remembering(bounds, "radius", entrywise(functools.partial(_cube, bounds), axis_name))
+    if ord == 1:
+        move = functools.partial(l1_ball, bounds)
+        return _norm_set(bounds, lambda params: move(params, None)[0], "", "radius", move=move)
+    return _rescaled_set(bounds, "", "radius", shrinks=True)
 
 
 @value_object
@@ -133,8 +133,7 @@ def norm_sphere(
     _validate.scope(scope)
     _validate.axis_name(axis_name=axis_name)
     bounds = NormBounds(scope, axis_name, None, {"radius": radius})
-    move = functools.partial(_by_norm, bounds, lower="radius", sphere=True)
-    return _norm_set(bounds, move, "radius", "radius", shrinks=None)
+    return _rescaled_set(bounds, "radius", "radius", shrinks=None)
 
 
 @value_object
@@ -180,29 +179,31 @@ def norm_shell(
     _validate.scope(scope)
     _validate.axis_name(axis_name=axis_name)
     bounds = NormBounds(scope, axis_name, None, {"lower": lower, "upper": upper})
-    move = functools.partial(_by_norm, bounds, lower="lower", upper="upper")
-    return _norm_set(bounds, move, "lower", "upper", shrinks=False)
+    return _rescaled_set(bounds, "lower", "upper", shrinks=False)
 
 
-def _cube(radius: Setting, axis_name: AxisName) -> Constraint:
-    """The ball of order inf, which is a box."""
+def _cube(bounds: NormBounds, params: optax.Params, memory: Any = None) -> list[Bounds]:
+    """The ball of order inf bounds each entry."""
+    scopes, xs = Scopes.of(params, bounds.scope, axis_name=())
+    highs = bounds.highs("radius", scopes, xs, memory)
+    return [inwards(x, -high, high) for x, high in zip(xs, highs, strict=True)]
 
-    def bound(r: Any) -> Any:
-        return jnp.maximum(r, 0) if isinstance(r, Array) else r
 
-    if callable(radius):
-        formula: Any = radius
-        return box(
-            lambda *leaf: -bound(formula(*leaf)),
-            lambda *leaf: bound(formula(*leaf)),
-            axis_name=axis_name,
-        )
-    bounds = jax.tree.map(bound, radius)
-    return box(jax.tree.map(operator.neg, bounds), bounds, axis_name=axis_name)
+def _rescaled_set(bounds: NormBounds, lower: str, upper: str, *, shrinks: bool | None) -> Constraint:
+    """The set of all trees whose 2-norms are between two bounds."""
+    factors = functools.partial(_factors, bounds, lower, upper)
+
+    def nearest(params: optax.Params) -> optax.Params:
+        scopes, xs = Scopes.of(params, "leaf", axis_name=())
+        inside: optax.Params = scopes.rebuild(params, factors(params, None).of(xs))
+        return inside
+
+    mapped = functools.partial(by_norms, bounds, lower, upper)
+    return _norm_set(bounds, nearest, lower, upper, shrinks=shrinks, factors=factors, mapped=mapped)
 
 
 def _norm_set(
-    bounds: NormBounds, move: Any, lower: str, upper: str, *, shrinks: bool | None
+    bounds: NormBounds, nearest: Any, lower: str, upper: str, *, shrinks: bool | None = True, **how: Any
 ) -> Constraint:
     """The set of all trees whose norms are between two bounds, "" for none."""
 
@@ -210,19 +211,19 @@ def _norm_set(
         """A scope of zeros is not below."""
         scopes, xs, norms = bounds.cut(params)
         values = [norm.value for norm in norms]
-        highs = bounds.read(upper, scopes, xs, values, None)
-        lows = (
-            bounds.read(lower, scopes, xs, values, None) if lower else [jnp.zeros_like(h) for h in highs]
-        )
+        lows, highs = bounds.both(lower, upper, scopes, xs, values, None)
         ends = zip(values, lows, highs, strict=True)
         gaps = [jnp.maximum(jnp.where(v > 0, low - v, 0), v - high) for v, low, high in ends]
         return largest([jnp.maximum(gap, 0) for gap in gaps])
 
-    mapped = functools.partial(by_norms, bounds, lower, upper) if bounds.ord in (None, 2) else None
     constraint = Constraint(
-        lambda params: move(params, None).params, excess,
-        shrinks=shrinks, move=move, axis_name=bounds.axis_name, scope=bounds.scope, mapped=mapped,
-    )  # fmt: skip
+        nearest, excess, shrinks=shrinks, axis_name=bounds.axis_name, scope=bounds.scope, **how
+    )
+    return _remembering(bounds, upper, constraint)
+
+
+def _remembering(bounds: NormBounds, upper: str, constraint: Constraint) -> Constraint:
+    """With the norms at the start, if it needs them."""
     if not bounds.remembers:
         return constraint
     raises = no_start(upper, bounds.settings[upper])
@@ -256,25 +257,21 @@ def _plan(norm: Norm, n: Any, low: Array, high: Array, *, sphere: bool) -> _Plan
     return _Plan(move, over, jnp.where(used, norm.scale, 1), second, gap)
 
 
-def _by_norm(
-    bounds: NormBounds, params: optax.Params, memory: Any,
-    *, lower: str = "", upper: str = "radius", sphere: bool = False,
-) -> Move:  # fmt: skip
+def _factors(
+    bounds: NormBounds, lower: str, upper: str, params: optax.Params, memory: Any, *updates: Any
+) -> Factors:
     """Rescale each scope whose norm is outside [lower, upper]."""
-    scopes, xs, norms = bounds.cut(params)
-    roots = [norm.root for norm in norms]
-    highs = bounds.read(upper, scopes, xs, roots, memory)
-    lows = bounds.read(lower, scopes, xs, roots, memory) if lower else [jnp.zeros_like(h) for h in highs]
-    free = [bounds.free(upper, high) for high in highs]
-    highs = [jnp.where(f, jnp.inf, high) for f, high in zip(free, highs, strict=True)]
+    scopes, xs, norms = bounds.cut(params, *updates)
+    sphere = lower == upper
+    lows, highs = bounds.both(lower, upper, scopes, xs, [norm.root for norm in norms], memory)
+    highs = [jnp.where(bounds.free(upper, high), jnp.inf, high) for high in highs]
     each = zip(norms, scopes.counts, lows, highs, strict=True)
     plans = [_plan(*those, sphere=sphere) for those in each]
     # Behind a barrier: compilers would else form the factors anew for each entry.
     whole = lax.optimization_barrier([list(column) for column in zip(*plans, strict=True)])
     columns = [scopes.per_leaf(column) for column in whole[:4]]
-    new = [_move(x, *factors, sphere=sphere) for x, *factors in zip(xs, *columns, strict=True)]
     report = moved_by(scopes, [plan.gap for plan in plans], [plan.move for plan in plans])
-    return Move(scopes.rebuild(params, new), memory, report)
+    return Factors(functools.partial(_move, sphere=sphere), columns, report)
 
 
 def _move(x: Array, move: Array, over: Array, first: Array, second: Array, *, sphere: bool) -> Array:
@@ -286,23 +283,3 @@ def _move(x: Array, move: Array, over: Array, first: Array, second: Array, *, sp
     else:
         moved = lax.select(broadcast_like(over, x), round_toward_zero(product, x.dtype), moved)
     return lax.select(broadcast_like(move, x), moved, x)
-
-
-def _max_ball(bounds: NormBounds, params: optax.Params, memory: Any) -> Move:
-    """Each entry within the largest one that its scope had at the start."""
-    scopes, xs, norms = bounds.cut(params)
-    highs = bounds.read("radius", scopes, xs, [norm.root for norm in norms], memory)
-    highs = [jnp.where(bounds.free("radius", high), jnp.inf, high) for high in highs]
-    new = [_within(x, high) for x, high in zip(xs, scopes.per_leaf(highs), strict=True)]
-    return Move(scopes.rebuild(params, new), memory)
-
-
-def _within(x: Array, high: Array) -> Array:
-    """Each entry of modulus at most ``high``."""
-    if not jnp.iscomplexobj(x):
-        bound = round_down(high, x.dtype)
-        return clamp(x, -bound, bound)
-    size = jnp.abs(widen(x, high.dtype))
-    aim = high * (1 - 4 * float(jnp.finfo(high.dtype).eps))
-    moved = scale(widen(x, high.dtype), jnp.where(size > high, aim, 1) / jnp.where(size > high, size, 1))
-    return jnp.where(size > high, round_toward_zero(moved, x.dtype), x)

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,7 @@ from optax_clip._settings import Setting, aligned, precise
 from optax_clip._trees import Scopes, shape_of
 from optax_clip._validate import AxisName
 from optax_clip._values import value_object
-from optax_clip.sets.constraint import Constraint, Move, largest, no_start, require_real
-from optax_clip.sets.mappings import by_entry
+from optax_clip.sets.constraint import Bounds, Constraint, largest, no_start, require_real
 
 __all__ = ["box", "init_box", "non_negative"]
 
@@ -72,7 +71,7 @@ def box(lower: Setting, upper: Setting, *, axis_name: AxisName = None) -> Constr
     lower, upper = _settings.ordered(lower=lower, upper=upper)
     _validate.axis_name(axis_name=axis_name)
 
-    def bounds(params: optax.Params, memory: Any = ()) -> Bounded:
+    def bounds(params: optax.Params, memory: Any = ()) -> list[Bounds]:
         del memory
         scopes, xs = Scopes.of(params, "leaf", axis_name)
         require_real(scopes, xs, of="box")
@@ -81,9 +80,9 @@ def box(lower: Setting, upper: Setting, *, axis_name: AxisName = None) -> Constr
         highs = _settings.per_leaf(scopes, xs, shapes, upper=upper)
         for i, x, low, high in zip(scopes.places, xs, lows, highs, strict=True):
             _require_room(scopes.paths[i], x.dtype, low, high)
-        return Bounded(scopes, xs, [_inwards(*each) for each in zip(xs, lows, highs, strict=True)])
+        return [inwards(*each) for each in zip(xs, lows, highs, strict=True)]
 
-    return _entrywise(bounds, axis_name)
+    return entrywise(bounds, axis_name)
 
 
 @value_object
@@ -168,54 +167,43 @@ def init_box(kappa: ArrayLike, *, axis_name: AxisName = None) -> Constraint:
             bounds = bounds.at[place].set(jnp.where(bound == 0, spare, bound))
         return place_like(bounds, params)
 
-    def bounds(params: optax.Params, memory: Array) -> Bounded:
+    def bounds(params: optax.Params, memory: Array) -> list[Bounds]:
         scopes, xs = Scopes.of(params, "leaf", axis_name)
         require_real(scopes, xs, of="box")
         highs = [jnp.where(memory[i] == 0, jnp.inf, memory[i]) for i in scopes.places]
-        ends = [_inwards(x, -high, high) for x, high in zip(xs, highs, strict=True)]
-        return Bounded(scopes, xs, ends)
+        return [inwards(x, -high, high) for x, high in zip(xs, highs, strict=True)]
 
     raises = no_start("kappa", kappa)
-    return _entrywise(bounds, axis_name)._replace(nearest=raises, excess=raises, init=init)
+    return entrywise(bounds, axis_name)._replace(nearest=raises, excess=raises, init=init)
 
 
-class Bounded(NamedTuple):
-    """The leaves of a tree, each with its lower and its upper bound, in the dtype of the leaf."""
+def entrywise(bounds: Callable[..., list[Bounds]], axis_name: AxisName) -> Constraint:
+    """The set of all trees whose entries are between their bounds, complex ones by modulus."""
 
-    scopes: Scopes
-    xs: list[Array]
-    ends: list[tuple[Array, Array]]
-
-
-def _entrywise(bounds: Callable[..., Bounded], axis_name: AxisName) -> Constraint:
-    """The set of all trees whose entries are between their bounds."""
-
-    def nearest(params: optax.Params, memory: Any = ()) -> optax.Params:
-        scopes, xs, pairs = bounds(params, memory)
-        clamped = [clamp(x, *pair) for x, pair in zip(xs, pairs, strict=True)]
-        inside: optax.Params = scopes.rebuild(params, clamped)
+    def nearest(params: optax.Params) -> optax.Params:
+        scopes, xs = Scopes.of(params, "leaf", axis_name=())
+        pairs = zip(xs, bounds(params), strict=True)
+        inside: optax.Params = scopes.rebuild(params, [clamp(x, *pair) for x, pair in pairs])
         return inside
 
-    def ends(params: optax.Params, memory: Any = ()) -> list[tuple[Array, ...]]:
-        _, xs, pairs = bounds(params, memory)
-        wide = [accumulator([x]) for x in xs]
-        each = zip(pairs, wide, strict=True)
-        return [outer_bounds(low.astype(dtype), high.astype(dtype)) for (low, high), dtype in each]
-
     def excess(params: optax.Params) -> Array:
-        _, xs, _ = bounds(params)
-        gaps = [beyond(x, *each) for x, each in zip(xs, ends(params), strict=True)]
-        return largest(gaps, axis_name)
+        _, xs = Scopes.of(params, "leaf", axis_name=())
+        pairs = zip(xs, bounds(params), strict=True)
+        return largest([_outside(x, *pair) for x, pair in pairs], axis_name)
 
-    def move(params: optax.Params, memory: Any) -> Move:
-        return Move(nearest(params, memory), memory)
-
-    mapped = functools.partial(by_entry, ends, axis_name)
-    return Constraint(nearest, excess, move=move, ends=ends, axis_name=axis_name, mapped=mapped)
+    return Constraint(nearest, excess, bounds=bounds, axis_name=axis_name)
 
 
-def _inwards(x: Array, low: Any, high: Any) -> tuple[Array, Array]:
-    low, high = round_up(precise(low), x.dtype), round_down(precise(high), x.dtype)
+def _outside(x: Array, low: Array, high: Array) -> Array:
+    wide = accumulator([x])
+    size = jnp.abs(x) if jnp.iscomplexobj(x) else x
+    return beyond(size, *outer_bounds(low.astype(wide), high.astype(wide)))
+
+
+def inwards(x: Array, low: Any, high: Any) -> Bounds:
+    """Bounds beside a leaf, rounded to the inside into its dtype, or into that of its parts."""
+    dtype = jnp.finfo(x.dtype).dtype
+    low, high = round_up(precise(low), dtype), round_down(precise(high), dtype)
     return aligned(jnp.asarray(low), x.ndim), aligned(jnp.asarray(high), x.ndim)
 
 

@@ -24,6 +24,7 @@ class Cut(NamedTuple):
     read: Callable[[Array], Array]
 
     def wide(self, xs: Sequence[Array]) -> list[Array]:
+        """What is cut, in float32 or wider."""
         return [self.read(widen(x, accumulator(xs))) for x in xs]
 
     def depths(self, xs: Sequence[Array], origins: Sequence[Cells]) -> list[Array]:

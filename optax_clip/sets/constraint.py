@@ -12,6 +12,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from optax_clip import _settings, _validate
+from optax_clip._landing import add_as_apply_updates
 from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes, varying_axes
 from optax_clip._numerics import accumulator, widen
 from optax_clip._settings import Initial, Setting
@@ -26,19 +27,26 @@ __all__ = ["Constraint", "initial"]
 STATIC = " If this came from optax.inject_hyperparams, pass static_args=('constraint',)."
 
 
-class Move(NamedTuple):
-    """What a projection does to a tree.
+class Factors(NamedTuple):
+    """What a norm set multiplies the leaves of a tree by.
 
     Args:
-        params: the projected tree.
-        memory: what the set keeps.
-        report: gives how far it moved, and the share of entries, where that follows from what is at
-            hand.
+        apply: ``(leaf, moved, inward, first, second) -> leaf``, the projection of a leaf.
+        columns: for each leaf, as numbers that broadcast to it: is its scope rescaled at all? And made
+            shorter? Then two factors; the first is a power of two, 1 but at the ends of the range.
+        report: gives how far the tree moves, and which share of its entries.
     """
 
-    params: optax.Params
-    memory: Any = ()
-    report: Callable[[], tuple[Array, Array]] | None = None
+    apply: Callable[..., Array]
+    columns: list[list[Array]]
+    report: Callable[[], tuple[Array, Array]]
+
+    def of(self, xs: Sequence[Array]) -> list[Array]:
+        """The leaves, rescaled."""
+        return [self.apply(x, *own) for x, *own in zip(xs, *self.columns, strict=True)]
+
+
+Bounds = tuple[Array, Array]  # the lower and the upper one of a leaf
 
 
 class Mapped(NamedTuple):
@@ -58,6 +66,9 @@ class Mapped(NamedTuple):
 class Constraint(NamedTuple):
     """A closed set of weights: how to get into it, how far a point is outside, and how to land.
 
+    A projection and a distance make a set. The sets of this package say more: how they act on a leaf
+    is data, ``bounds`` or ``factors``, which `project_weights` lands by.
+
     Args:
         nearest: ``params -> params``, the projection, in the dtype of each leaf. A leaf that is inside
             comes back bit for bit.
@@ -65,9 +76,13 @@ class Constraint(NamedTuple):
         shrinks: on which side of its target an update ends up that misses it by a rounding. True: nearer
             to 0, for sets that stay sets when entries shrink. False: further inside. None: on either,
             for sets without an inside, like a sphere.
-        move: ``(params, memory) -> Move`` for a set that remembers or knows how far it moves.
+        move: ``(params, memory) -> (params, memory)``, the projection of a set that remembers.
         init: ``params -> memory``, what `project_weights` keeps for a set that remembers.
-        ends: ``(tree, memory) -> list``, the bounds of each leaf, for a set that bounds each entry.
+        bounds: ``(params, memory) -> [(lower, upper), ...]`` for a set that bounds each entry: those of
+            each float leaf, arrays that broadcast to it and numbers of its dtype. They may depend on
+            the shapes of the weights. A complex leaf has bounds on its modulus, in the dtype of a part.
+        factors: ``(params, memory, *updates) -> Factors`` for a set that rescales: by what the weights
+            are multiplied, or their sums with some updates, which then need not be written.
         axis_name: mapped axes that the metrics are summed over, as in `global_norm`.
         scope: which entries the set couples; `gradient_mapping` looks ahead in each scope by a step of
             its own.
@@ -90,9 +105,10 @@ class Constraint(NamedTuple):
     nearest: Callable[[optax.Params], optax.Params]
     excess: Callable[[optax.Params], Array]
     shrinks: bool | None = False
-    move: Callable[[optax.Params, Any], Move] | None = None
+    move: Callable[[optax.Params, Any], tuple[optax.Params, Any]] | None = None
     init: Callable[[optax.Params], Any] | None = None
-    ends: Callable[[optax.Params, Any], list[tuple[Array, ...]]] | None = None
+    bounds: Callable[[optax.Params, Any], list[Bounds]] | None = None
+    factors: Callable[..., Factors] | None = None
     axis_name: AxisName = None
     scope: Scope = "global"
     mapped: Callable[[optax.Params, optax.Updates, Any, Array], Mapped] | None = None
@@ -164,9 +180,24 @@ class NormBounds(NamedTuple):
         names = [name for name, value in self.settings.items() if isinstance(value, Initial)]
         return place_like({name: jnp.copy(norms) for name in names}, params)
 
-    def cut(self, params: optax.Params) -> tuple[Scopes, list[Array], list[Norm]]:
+    def highs(self, name: str, scopes: Scopes, xs: Sequence[Array], memory: Any) -> list[Any]:
+        """One bound for each leaf, as precise as it was given; inf where a scope is left free."""
+        value: Any = self.settings[name]
+        if not isinstance(value, Initial):
+            given = _settings.per_home(scopes, xs, **{name: value})
+            return [jnp.maximum(x, 0) if isinstance(x, Array) else x for x in given]
+        like = [norm.root for norm in measure(scopes, xs, self.ord)]
+        highs = self.read(name, scopes, xs, like, memory)
+        return scopes.per_leaf([jnp.where(high == 0, jnp.inf, high) for high in highs])
+
+    def cut(
+        self, params: optax.Params, *updates: optax.Updates
+    ) -> tuple[Scopes, list[Array], list[Norm]]:
+        """The norms of the weights, or of where updates take them."""
         scopes, xs = Scopes.of(params, self.scope, self.axis_name)
-        return scopes, xs, measure(scopes, xs, self.ord)
+        others = [scopes.leaves_of(tree, of="project_weights") for tree in updates]
+        read = add_as_apply_updates if updates else lambda x: x
+        return scopes, xs, measure(scopes, xs, self.ord, *others, read=read)
 
     def read(self, name: str, scopes: Scopes, xs: Sequence[Array], like: Cells, memory: Any) -> Cells:
         """One bound, cell by cell; NaN where it is relative to a norm of 0."""
@@ -175,6 +206,13 @@ class NormBounds(NamedTuple):
             return _settings.per_scope(scopes, xs, like, **{name: value})
         norms = [x.astype(y.dtype) for x, y in zip(scopes.split(memory[name], like), like, strict=True)]
         return [jnp.maximum(jnp.asarray(value.kappa, x.dtype), 0) * x for x in norms]
+
+    def both(
+        self, lower: str, upper: str, scopes: Scopes, xs: Sequence[Array], like: Cells, memory: Any
+    ) -> tuple[Cells, Cells]:
+        """The lower and the upper bound, cell by cell; 0 where there is no lower one."""
+        lows, highs = (self.read(k, scopes, xs, like, memory) if k else None for k in (lower, upper))
+        return lows or [jnp.zeros_like(x) for x in like], highs or []
 
     def free(self, name: str, bound: Array) -> Array:
         """Is a scope left free, since it was 0 at the start?"""

@@ -5,7 +5,7 @@ each scope: so it has no unit. What is inside there keeps its gradient bit for b
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -13,15 +13,13 @@ import optax
 from jax import Array, lax
 
 from optax_clip import _xla
-from optax_clip._numerics import accumulator, broadcast_like, reciprocal, scale, widen
+from optax_clip._numerics import accumulator, broadcast_like, clamp, reciprocal, scale, widen
 from optax_clip._records import fraction
 from optax_clip._trees import Cells, Scopes
-from optax_clip._validate import AxisName
 from optax_clip.norms import Norm, Powers, measure
 from optax_clip.sets.constraint import (
     Constraint,
     Mapped,
-    Move,
     NormBounds,
     entries_moved,
     margins,
@@ -38,15 +36,18 @@ def by_difference(
     sizes, slopes = (_norms(scopes, xs, dtype) for xs in (ws, gs))
     steps = [_Step.of(*pair, reach) for pair in zip(sizes, slopes, strict=True)]
     columns = [scopes.per_leaf(list(x)) for x in zip(*lax.stop_gradient(steps), strict=True)]
-    rows = [(widen(w, dtype), widen(g, dtype), _Step(*step)) for w, g, *step in zip(ws, gs, *columns)]
+    each_leaf = (_Step(*own) for own in zip(*columns, strict=True))
+    rows = [
+        (widen(w, dtype), widen(g, dtype), step) for w, g, step in zip(ws, gs, each_leaf, strict=True)
+    ]
     ahead = [w - step.there(g) for w, g, step in rows]
-    move = constraint.move or (lambda tree, memory: Move(constraint(tree), memory))
-    reached = move(scopes.alone(ahead), memory)
-    _, ends = Scopes.of(reached.params, "leaf", axis_name=())
+    move = constraint.move or (lambda tree, memory: (constraint(tree), memory))
+    nearest, kept = move(scopes.alone(ahead), memory)
+    _, ends = Scopes.of(nearest, "leaf", axis_name=())
     each = list(zip(rows, ahead, ends, strict=True))
     changed = [(end != v) & broadcast_like(step.taken, v) for (*_, step), v, end in each]
     new = _xla.select(gs, changed, [step.back(w - end) for (w, _, step), _, end in each])
-    return Mapped(new, reached.memory, functools.partial(fraction, changed, constraint.axis_name))
+    return Mapped(new, kept, functools.partial(fraction, changed, constraint.axis_name))
 
 
 class _Step(NamedTuple):
@@ -88,28 +89,28 @@ _LEAST = 2.0**-100  # how far a weight of 0 looks
 
 
 def by_entry(
-    ends: Callable[[optax.Params, Any], Sequence[tuple[Array, ...]]], axis_name: AxisName,
-    params: optax.Params, grads: optax.Updates, memory: Any, reach: Array,
-) -> Mapped:  # fmt: skip
+    constraint: Constraint, params: optax.Params, grads: optax.Updates, memory: Any, reach: Array
+) -> Mapped:
     """``clip(g, (w - u) / a, (w - l) / a)``: each entry is a scope of its own, so none is summed."""
+    bounds: Any = constraint.bounds
     _, gs = Scopes.of(grads, "leaf", axis_name=())
     _, ws = Scopes.of(params, "leaf", axis_name=())
-    rows = zip(ws, gs, ends(params, memory), strict=True)
-    pairs = [_clipped(w, g, low, high, reach) for w, g, (low, high, *_) in rows]
+    rows = zip(ws, gs, bounds(params, memory), strict=True)
+    pairs = [_clipped(w, g, low, high, reach) for w, g, (low, high) in rows]
     left, changed = map(list, zip(*pairs, strict=True)) if pairs else ([], [])
     new = _xla.select(gs, changed, left)
-    return Mapped(new, memory, functools.partial(fraction, changed, axis_name))
+    return Mapped(new, memory, functools.partial(fraction, changed, constraint.axis_name))
 
 
 def _clipped(w: Array, g: Array, low: Array, high: Array, reach: Array) -> tuple[Array, Array]:
     """What is left of the gradient, and whether that is less than all."""
     dtype = accumulator([w, g])
-    w, g, low, high = (widen(x, dtype) for x in (w, g, low, high))
+    w, g = widen(w, dtype), widen(g, dtype)
     size = lax.stop_gradient(jnp.maximum(reach.astype(dtype) * jnp.abs(w), _LEAST))
-    ahead = w - lax.stop_gradient(jnp.sign(g)) * size
-    beyond = (ahead > high) | (ahead < low)
-    end = jnp.where(ahead > high, high, jnp.where(ahead < low, low, w))
-    return jnp.abs(g) * ((w - end) / size), beyond & jnp.isfinite(g)
+    ahead = w - scale(lax.stop_gradient(jnp.sign(g)), size)
+    end = clamp(ahead, low, high)
+    left = scale(w - end, 1 / size, jnp.abs(g))
+    return left, (end != ahead) & jnp.isfinite(g)
 
 
 # --- Norm sets -----------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +26,7 @@ from optax_clip._values import value_object
 from optax_clip.norms import modulus
 from optax_clip.sets import capped
 from optax_clip.sets.capped import Cut
-from optax_clip.sets.constraint import Constraint, Move, NormBounds, largest, margins, require_real
+from optax_clip.sets.constraint import Constraint, NormBounds, largest, margins, require_real
 
 __all__ = ["simplex"]
 
@@ -102,7 +101,7 @@ def simplex(
         over = [0 * low for low in lowest] if caps is None else capped.excess(scopes, wide, caps)
         return _Read(scopes, xs, caps, _Sums(sums, lowest, highest, totals, over))
 
-    def move(params: optax.Params, memory: Any) -> Move:
+    def move(params: optax.Params, memory: Any) -> tuple[optax.Params, Any]:
         scopes, xs, caps, found = read(params)
         keeps = [_is_on(*each) for each in zip(*found, scopes.counts, strict=True)]
         cut = Cut(scopes, _as_it_is)
@@ -113,7 +112,7 @@ def simplex(
         )
         kept = zip(xs, new, _xla.written_once(scopes.per_leaf(keeps)), strict=True)
         inside = [_unless(keep, x, y.astype(x.dtype)) for x, y, keep in kept]
-        return Move(scopes.rebuild(params, inside), memory)
+        return scopes.rebuild(params, inside), memory
 
     def excess(params: optax.Params) -> Array:
         _, xs, _, found = read(params)
@@ -122,7 +121,7 @@ def simplex(
         return largest([jnp.maximum(functools.reduce(jnp.maximum, each), 0) for each in errors])
 
     return Constraint(
-        lambda params: move(params, None).params, excess,
+        lambda params: move(params, None)[0], excess,
         shrinks=None if upper is None else True, move=move, axis_name=axis_name, scope=scope,
     )  # fmt: skip
 
@@ -157,7 +156,7 @@ def _unless(keep: Array, x: Array, moved: Array) -> Array:
     return lax.select(broadcast_like(keep, x), straight_through(x, moved), moved)
 
 
-def l1_ball(bounds: NormBounds, params: optax.Params, memory: Any) -> Move:
+def l1_ball(bounds: NormBounds, params: optax.Params, memory: Any) -> tuple[optax.Params, Any]:
     """The projection onto the ball of order 1: the absolute values onto a simplex, where outside."""
     scopes, xs, norms = bounds.cut(params)
     radii = bounds.read("radius", scopes, xs, [norm.root for norm in norms], memory)
@@ -170,7 +169,7 @@ def l1_ball(bounds: NormBounds, params: optax.Params, memory: Any) -> Move:
     lengths = soft_threshold(Cut(scopes, modulus), xs, totals)
     rows = zip(xs, lengths, _xla.written_once(scopes.per_leaf(overs)), strict=True)
     new = [lax.select(broadcast_like(over, x), _with_modulus(x, y), x) for x, y, over in rows]
-    return Move(scopes.rebuild(params, new), memory)
+    return scopes.rebuild(params, new), memory
 
 
 def _with_modulus(x: Array, length: Array) -> Array:

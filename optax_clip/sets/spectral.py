@@ -16,7 +16,7 @@ from optax_clip._numerics import accumulator, as_dtype
 from optax_clip._settings import Initial, Setting
 from optax_clip._trees import Scopes, flatten, is_inexact, shape_of
 from optax_clip._values import value_object
-from optax_clip.sets.constraint import Constraint, Move, largest, margins, no_start
+from optax_clip.sets.constraint import Constraint, largest, margins, no_start
 
 __all__ = ["spectral_ball"]
 
@@ -165,10 +165,12 @@ class _Ball(NamedTuple):
     def nearest(self, params: optax.Params) -> optax.Params:
         """From `project`, which remembers no vector, 30 power iterations more."""
         if self.power_iterations is None:
-            return self.move(params, None).params
-        return self.move(params, self.init(params), more=30).params
+            inside, _ = self.move(params, None)
+        else:
+            inside, _ = self.move(params, self.init(params), more=30)
+        return inside
 
-    def move(self, params: optax.Params, memory: Any, more: int = 0) -> Move:
+    def move(self, params: optax.Params, memory: Any, more: int = 0) -> tuple[optax.Params, Any]:
         relative = isinstance(self.radius, Initial)
         scopes, leaves, found = self.matrices(params, memory)
         vectors = list(memory["vectors"] if relative and self.power_iterations else memory or ())
@@ -180,7 +182,7 @@ class _Ball(NamedTuple):
             leaves[i] = _as_leaf(y, leaves[i])
         if leaves and self.power_iterations is not None:
             memory = {**memory, "vectors": tuple(vectors)} if relative else tuple(vectors)
-        return Move(scopes.rebuild(params, leaves), memory)
+        return scopes.rebuild(params, leaves), memory
 
     def excess(self, params: optax.Params) -> Array:
         gaps = []
