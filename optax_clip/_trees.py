@@ -217,6 +217,11 @@ class Scopes(NamedTuple):
     def is_global(self) -> bool:
         return self.memory == ()
 
+    @property
+    def is_joint(self) -> bool:
+        """May a norm be shared by leaves?"""
+        return self.is_global or self.labels is not None
+
     def per_leaf(self, cells: Cells) -> list[Array]:
         """For each leaf the value of its scope: a scalar, or an array with reduced axes kept."""
         found: list[Any] = [cells[cell] for cell, _ in self.homes]

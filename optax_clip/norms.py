@@ -257,6 +257,21 @@ class Powers(NamedTuple):
         pairs = zip(sums, self.scopes.counts, strict=True)
         return [(~(s <= info.max), s < _like(n, s) * floor) for s, n in pairs]
 
+    def ways(self, xs: Sequence[Array]) -> list[list[Array]]:
+        """What is summed over: the powers of the entries as they are, shrunk and grown."""
+        small, large = (jnp.asarray(k, self.dtype) for k in (self.small, self.large))
+        forms = [xs, [_shrunk(x, small) for x in xs], [_grown(x, large) for x in xs]]
+        return [[_power(x, self.p) for x in form] for form in forms]
+
+    def chosen(self, plain: Cells, shrunk: Cells, grown: Cells) -> tuple[Cells, Cells]:
+        """Of the three sums of each scope the one in range, and how its entries were scaled."""
+        sums, scales = [], []
+        rows = zip(plain, shrunk, grown, self.out_of_range(plain), strict=True)
+        for middle, less, more, (high, low) in rows:
+            sums.append(jnp.where(high, less, jnp.where(low, more, middle)))
+            scales.append(jnp.where(high, self.small, jnp.where(low, self.large, 1)).astype(self.dtype))
+        return sums, scales
+
 
 def _sums_in_range(
     powers: Powers, parts: list[tuple[Array, ...]], *, plain: bool = False
@@ -266,15 +281,9 @@ def _sums_in_range(
     if powers.never_out_of_range(parts):
         sums = powers.sum(wide)
         return sums, [jnp.ones_like(s) for s in sums]
-    small, large = (jnp.asarray(k, powers.dtype) for k in (powers.small, powers.large))
-    ways = [wide, [_shrunk(x, small) for x in wide], [_grown(x, large) for x in wide]]
-    terms = [[_power(x, powers.p) for x in way] for way in ways]
+    terms = powers.ways(wide)
     found = list(map(powers.scopes.sum, terms)) if plain else powers.scopes.sums(terms)
-    sums, scales = [], []
-    for middle, less, more, (high, low) in zip(*found, powers.out_of_range(found[0]), strict=True):
-        sums.append(jnp.where(high, less, jnp.where(low, more, middle)))
-        scales.append(jnp.where(high, small, jnp.where(low, large, 1)).astype(powers.dtype))
-    return sums, scales
+    return powers.chosen(*found)
 
 
 # XLA makes (x x) (k k) of (x k) (x k), where a leaf has one entry and k is a constant; k k is 0 or inf.

@@ -75,6 +75,12 @@ def weights(id: str, constraint: Any, at: Any = None, every: int = 1, **more: An
     return Row(id, oc.project_weights, kwargs, **more)
 
 
+def mapping(id: str, constraint: Any, at: Any, **more: Any) -> Row:
+    """A row for the gradient mapping of the set ``constraint(at)``."""
+    more = {"number": constraint, "static_args": ("constraint",), "needs_params": True, **more}
+    return Row(id, oc.gradient_mapping, {"constraint": constraint(at)}, **more)
+
+
 def told(factory: Callable[..., Any], **signals: Any) -> Callable[..., Any]:
     """A factory of transforms whose update is always given some extra arguments."""
 
@@ -309,6 +315,25 @@ ROWS = (
         static_args=("constraint",),
         needs_params=True,
         elementwise=True,
+    ),
+    mapping("gradient_mapping, box", lambda r: oc.box(-0.5, r), at=0.5, elementwise=True),
+    mapping("gradient_mapping, norm_ball", oc.norm_ball, at=1.0),
+    mapping(
+        "gradient_mapping, norm_sphere, unit",
+        lambda r: oc.norm_sphere(r, scope="unit"),
+        at=1.0,
+        only_outside=False,
+    ),
+    mapping("gradient_mapping, simplex", oc.simplex, at=1.0, only_outside=False, constant_limit=False),
+    weights("simplex, upper", lambda r: oc.simplex(r, upper=1.0), at=1.0, only_outside=False),
+    mapping("gradient_mapping, init_box", oc.init_box, at=2.0, elementwise=True, abstract=False),
+    Row(
+        "constrained",
+        oc.constrained,
+        {"inner": optax.identity(), "constraint": oc.norm_ball(1.0)},
+        number=oc.norm_ball,
+        static_args=("constraint",),
+        needs_params=True,
     ),
     weights("optax.projections", optax.projections.projection_l2_ball, promotion="standard"),
 )

@@ -23,7 +23,7 @@ SHARED = [
     "norms",
 ]
 GRADIENTS = [*SHARED, "thresholds", "clipping", "skipping", "adaptive"]
-WEIGHTS = [*SHARED, "sets", "rescaling", "projection", "masks"]
+WEIGHTS = [*SHARED, "sets", "rescaling", "projection", "mapping", "masks"]
 SIDES = {*GRADIENTS, *WEIGHTS}
 
 # room -> the rooms it may import from

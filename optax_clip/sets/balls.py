@@ -32,6 +32,7 @@ from optax_clip.sets.constraint import (
     moved_by,
     no_start,
 )
+from optax_clip.sets.mappings import by_norms
 from optax_clip.sets.simplexes import l1_ball
 
 __all__ = ["norm_ball", "norm_shell", "norm_sphere"]
@@ -199,7 +200,8 @@ def _rescaled_set(bounds: NormBounds, lower: str, upper: str, *, shrinks: bool |
         inside: optax.Params = scopes.rebuild(params, factors(params, None, None).of(xs))
         return inside
 
-    return _norm_set(bounds, nearest, lower, upper, shrinks=shrinks, factors=factors)
+    mapped = functools.partial(by_norms, bounds, lower, upper)
+    return _norm_set(bounds, nearest, lower, upper, shrinks=shrinks, factors=factors, mapped=mapped)
 
 
 def _norm_set(
@@ -216,7 +218,9 @@ def _norm_set(
         gaps = [jnp.maximum(jnp.where(v > 0, low - v, 0), v - high) for v, low, high in ends]
         return largest([jnp.maximum(gap, 0) for gap in gaps])
 
-    constraint = Constraint(nearest, excess, shrinks=shrinks, axis_name=bounds.axis_name, **how)
+    constraint = Constraint(
+        nearest, excess, shrinks=shrinks, axis_name=bounds.axis_name, scope=bounds.scope, **how
+    )
     return _remembering(bounds, upper, constraint)
 
 

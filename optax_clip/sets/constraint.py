@@ -50,6 +50,20 @@ class Factors(NamedTuple):
 Bounds = tuple[Array, Array]  # the lower and the upper one of a leaf
 
 
+class Mapped(NamedTuple):
+    """What a set leaves of a gradient.
+
+    Args:
+        grads: of each inexact leaf, in its own dtype.
+        memory: what the set keeps.
+        share: gives the share of entries that were changed.
+    """
+
+    grads: list[Array]
+    memory: Any
+    share: Callable[[], Array]
+
+
 class Constraint(NamedTuple):
     """A closed set of weights: how to get into it, how far a point is outside, and how to land.
 
@@ -74,6 +88,10 @@ class Constraint(NamedTuple):
         factors: ``(params, memory, beside, *updates) -> Factors`` for a set that rescales: by what the
             weights are multiplied, or their sums with some updates, which then need not be written.
         axis_name: mapped axes that the metrics are summed over, as in `global_norm`.
+        scope: which entries the set couples; `gradient_mapping` looks ahead in each scope by a step of
+            its own.
+        mapped: ``(params, grads, memory, beside, reach) -> Mapped``, the gradient mapping, for a set that knows
+            better than by the difference of two points.
 
     Examples:
         Weights on multiples of 1/8:
@@ -96,6 +114,8 @@ class Constraint(NamedTuple):
     bounds: Callable[[optax.Params, Any, Any], list[Bounds]] | None = None
     factors: Callable[..., Factors] | None = None
     axis_name: AxisName = None
+    scope: Scope = "global"
+    mapped: Callable[[optax.Params, optax.Updates, Any, optax.Params, Array], Mapped] | None = None
 
     def __call__(self, params: optax.Params) -> optax.Params:
         """The projection, so that a set is itself a callable ``params -> params``."""

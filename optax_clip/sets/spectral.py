@@ -113,6 +113,8 @@ def spectral_ball(
         shrinks=power_iterations is not None,
         move=ball.move,
         init=ball.init if remembers else None,
+        axis_name=axis_name,
+        scope="leaf",
     )
 
 
