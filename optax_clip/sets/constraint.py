@@ -90,8 +90,8 @@ class Constraint(NamedTuple):
         axis_name: mapped axes that the metrics are summed over, as in `global_norm`.
         scope: which entries the set couples; `gradient_mapping` looks ahead in each scope by a step of
             its own.
-        mapped: ``(params, grads, memory, beside, reach) -> Mapped``, the gradient mapping, for a set that knows
-            better than by the difference of two points.
+        mapped: ``(params, grads, memory, beside, reach) -> Mapped``, the gradient mapping, for a set
+            that knows better than by the difference of two points.
 
     Examples:
         Weights on multiples of 1/8:
