@@ -75,8 +75,8 @@ def test_traced_on_a_mesh(row, kind):
     tx, params, grads = row.make(), put(PARAMS), put(GRADS[0])
     state = tx.init(params)
     traced = jax.eval_shape(tx.update, grads, state, params)
-    if kind == AxisType.Explicit:  # else a type says nothing of the mesh, but when it is made on one
-        assert types(traced) == types((grads, state))
+    if kind == AxisType.Explicit:  # a type of the other kind says nothing of the sharding
+        assert types(traced[0]) == types(grads)
     assert looks(traced) == looks((grads, state))
     with jax.set_mesh(mesh):
         state = tx.init(params)
