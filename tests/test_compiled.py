@@ -198,9 +198,14 @@ REDUCES = {
 
 @functools.cache
 def sent(name: str) -> Counter[str]:
-    """Collectives by kind, those in branches and loops too."""
-    params = collectives.split(_chips.pod())
-    program = compiled.compile_step(transform(name), params, params)
+    """Collectives by kind, those in branches and loops too, compiled by a host of one device.
+
+    So trainers check a job before it runs, with the mesh in force.
+    """
+    mesh = _chips.pod()
+    params = collectives.split(mesh)
+    with jax.set_mesh(mesh):
+        program = compiled.compile_step(transform(name), params, params)
     always, sometimes = _hlo.collectives(program.as_text())
     return always + sometimes
 
@@ -216,6 +221,12 @@ def test_collectives_of_a_pod(name):
     found = sent(name)
     assert found.keys() <= {"all-reduce"}, found
     assert found.get("all-reduce", 0) <= REDUCES[name]
+
+
+def test_a_learned_rule_by_unit_gathers_norms_once_a_split_leaf():
+    found = sent("zscore, unit")
+    assert found.keys() <= {"all-reduce", "all-gather"}, found
+    assert found["all-gather"] <= 2 and found["all-reduce"] <= 5
 
 
 # --- All transforms ------------------------------------------------------------------------------
