@@ -15,9 +15,9 @@ from optax_clip import _validate, _xla
 from optax_clip._mesh import (
     all_reduce,
     axis_size,
+    everywhere,
     is_explicit,
     reduction_axes,
-    replicated,
     spans_devices,
 )
 from optax_clip._validate import AxisName, Groups, Scope
@@ -321,7 +321,7 @@ class Scopes(NamedTuple):
         """All norms as one vector, 0 where nothing is measured; for one norm a scalar."""
         if self.is_global:
             return cells[0]
-        parts = [replicated(x).ravel() for x in cells]
+        parts = [everywhere(x).ravel() for x in cells]
         whole = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
         if self.rows is None:
             return whole
@@ -331,9 +331,13 @@ class Scopes(NamedTuple):
         """The reverse, beside some cells."""
         if self.is_global:
             return [vector]
+        vector = everywhere(vector)
         whole = vector if self.rows is None else vector[np.asarray(self.rows, int)]
         ends = np.cumsum([0, *(x.size for x in like)])
-        pieces = [whole[i:j].reshape(x.shape) for i, j, x in zip(ends, ends[1:], like, strict=False)]
+        pieces = [
+            everywhere(whole[i:j]).reshape(x.shape)
+            for i, j, x in zip(ends, ends[1:], like, strict=False)
+        ]
         return [_beside(piece, x) for piece, x in zip(pieces, like, strict=True)]
 
 

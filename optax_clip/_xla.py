@@ -93,6 +93,17 @@ def _in_memory(x: Array) -> Array:
     return lax.optimization_barrier(x) if x.dtype == jnp.bfloat16 else x
 
 
+def of_all(combine: Callable[[Array, Array], Array], parts: Sequence[Array]) -> Array:
+    """One value of the values of many leaves.
+
+    Behind barriers, as XLA else combines all of them anew in each kernel that reads the result, and
+    compiles for as long as the square of their number.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    return lax.optimization_barrier(functools.reduce(combine, lax.optimization_barrier(list(parts))))
+
+
 def sums_in_range(powers: Any, parts: list[tuple[Array, ...]]) -> tuple[list[Array], list[Array]]:
     """A fast sum, and where it is not to be trusted a second one with each scope brought into range.
 
@@ -118,7 +129,7 @@ def sums_in_range(powers: Any, parts: list[tuple[Array, ...]]) -> tuple[list[Arr
         separate = [apart(*part, k) for part, k in pairs]
         return powers.sum([scale(read(*part), k) for *part, k in separate]), scales
 
-    everywhere = all_devices_agree(functools.reduce(operator.and_, trusted, jnp.array(True)))
+    everywhere = all_devices_agree(of_all(operator.and_, trusted or [jnp.array(True)]))
     return cond(for_all(lax.stop_gradient(everywhere)), lambda: (plain, ones), again)
 
 

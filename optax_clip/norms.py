@@ -327,7 +327,7 @@ def total(scopes: Scopes, values: Cells, ord: Ord) -> Array:
     def pool(terms: Cells, *, maximum: bool = False) -> Array:
         parts = [jnp.max(t, initial=0) if maximum else jnp.sum(t) for t in terms]
         parts = all_reduce(parts, names, lax.pmax if maximum else lax.psum)
-        return functools.reduce(jnp.maximum if maximum else operator.add, parts)
+        return _xla.of_all(jnp.maximum if maximum else operator.add, parts)
 
     peak = pool(values, maximum=True)
     peak = jnp.where((peak > 0) & (peak < jnp.inf), peak, 1)
@@ -351,7 +351,7 @@ def all_finite(norms: Sequence[Norm]) -> Array:
     finite = [
         jnp.max((~jnp.isfinite(norm.root)).astype(norm.root.dtype), initial=0) == 0 for norm in norms
     ]
-    return all_devices_agree(functools.reduce(operator.and_, finite, jnp.array(True)))
+    return all_devices_agree(_xla.of_all(operator.and_, finite or [jnp.array(True)]))
 
 
 def exponent(ord: Ord) -> float:

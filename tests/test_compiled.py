@@ -195,9 +195,9 @@ REDUCES = {
 
 @functools.cache
 def sent(name: str) -> Counter[str]:
-    """Collectives by kind, those in branches and loops too.
+    """Collectives by kind, those in branches and loops too, compiled by a host of one device.
 
-    The mesh is in force, as this host has one device: what norms are laid out by.
+    So trainers check a job before it runs, with the mesh in force.
     """
     tx, mesh = transform(name), _chips.pod()
     params = collectives.split(mesh)
@@ -218,6 +218,12 @@ def test_collectives_of_a_pod(name):
     found = sent(name)
     assert found.keys() <= {"all-reduce"}, found
     assert found.get("all-reduce", 0) <= REDUCES[name]
+
+
+def test_a_learned_rule_by_unit_gathers_norms_once_a_split_leaf():
+    found = sent("zscore, unit")
+    assert found.keys() <= {"all-reduce", "all-gather"}, found
+    assert found["all-gather"] <= 2 and found["all-reduce"] <= 5
 
 
 # --- All transforms ------------------------------------------------------------------------------

@@ -130,15 +130,19 @@ SUBNORMAL = [
 ]
 
 
-@pytest.mark.parametrize("g", SUBNORMAL, ids=lambda g: g.dtype.name)
 @pytest.mark.parametrize("jit", [False, True])
-def test_a_limit_of_zero_on_subnormal_numbers(g, jit):
+def test_a_limit_of_zero_on_subnormal_numbers(jit):
     clips = [clip_by_norm(0.0, ord=ord) for ord in (None, 1, 3, math.inf, "rms")]
-    for tx in (clip_by_global_norm(0.0), clip_by_value(0.0), clip_by_norm(0.0, scope="unit"), *clips):
-        update = jax.jit(tx.update) if jit else tx.update
-        bits = np.asarray(update(g, tx.init(g))[0]).view(np.uint8)
-        assert not np.any(bits & 0x7F)  # but for the sign of a zero
-    assert not np.any(np.asarray(project(g, box(0.0, 0.0))).view(np.uint8))
+    clips += [clip_by_global_norm(0.0), clip_by_value(0.0), clip_by_norm(0.0, scope="unit")]
+
+    def all_of_them(tree):
+        return [tx.update(tree, tx.init(tree))[0] for tx in clips], project(tree, box(0.0, 0.0))
+
+    clipped, projected = (jax.jit(all_of_them) if jit else all_of_them)(SUBNORMAL)
+    for x in jax.tree.leaves(clipped):
+        assert not np.any(wide(x))  # but for the sign of a zero
+    for x in projected:
+        assert not np.any(np.asarray(x).view(np.uint8))
 
 
 def test_a_number_is_an_array_to_callables():

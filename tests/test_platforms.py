@@ -237,7 +237,8 @@ def test_where_weights_land(platform, name):
             assert (
                 reference.violation(landed, KIND.get(name, name), scope, **values) <= 4 * EPS["float32"]
             )
-        close(record["project/distance"], moved, rtol=1e-2, atol=1e-6)
+        if name != "box":  # bounds of each entry need not know how far
+            close(record["project/distance"], moved, rtol=1e-2, atol=1e-6)
 
 
 def nearest_points(tree, radius):
