@@ -74,7 +74,7 @@ def _part(params: optax.Params, mask: Mask) -> tuple[Any, optax.Params]:
     """The mask as a tree of bools, and the weights that it chooses, as `optax.masked` shows them."""
     flags = mask(params) if is_formula(mask) else mask
     for flag in jax.tree.leaves(flags):
-        if not isinstance(flag, bool) and getattr(flag, "dtype", None) != bool:
+        if not isinstance(flag, bool) and getattr(flag, "dtype", None) != jnp.bool_:
             raise TypeError(
                 f"Expected mask to be a tree of bools or a callable params -> mask, got mask={mask!r}."
             )
