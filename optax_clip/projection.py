@@ -14,6 +14,7 @@ from optax_clip._landing import add_as_apply_updates, land, land_between
 from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes, together
 from optax_clip._numerics import accumulator, clamp, widen
 from optax_clip._records import Report, increment, transform
+from optax_clip._settings import is_formula
 from optax_clip._trees import Scopes, is_inexact
 from optax_clip._values import owned
 from optax_clip.sets.constraint import Constraint, as_constraint
@@ -21,9 +22,12 @@ from optax_clip.sets.constraint import Constraint, as_constraint
 __all__ = ["project", "project_weights", "violation"]
 
 ConstraintLike = Constraint | Callable[[optax.Params], optax.Params]
+Mask = Any  # a tree of bools that is a prefix of the weights, or a callable that makes one of them
 
 
-def project(params: optax.Params, constraint: ConstraintLike) -> optax.Params:
+def project(
+    params: optax.Params, constraint: ConstraintLike, *, mask: Mask | None = None
+) -> optax.Params:
     r"""Project weights onto a set.
 
     .. math:: P_S(w) = \arg\min_{v \in S} \|v - w\|_2
@@ -31,24 +35,53 @@ def project(params: optax.Params, constraint: ConstraintLike) -> optax.Params:
     Args:
         params: weights of any shape and float dtype; leaves that are not inexact pass through.
         constraint: a set such as `box` or `norm_ball`, or any callable ``params -> params``.
+        mask: which weights, as `optax.masked` takes it: a tree of bools that is a prefix of the weights,
+            or a callable ``params -> mask`` such as `where` makes; None for all. The others are returned
+            as they are, and share no norm.
 
     Returns:
         The weights in the set, each leaf in its own dtype. Weights inside the set by more than the
         rounding error of their norm are returned bit for bit.
 
     Raises:
-        TypeError: if the constraint is neither a set nor callable.
+        TypeError: if the constraint is neither a set nor callable, or the mask not of bools.
 
     Examples:
         >>> import jax.numpy as jnp
         >>> from optax_clip import norm_sphere, project
         >>> print(project({"w": jnp.array([3.0, 4.0])}, norm_sphere(10.0)))
         {'w': Array([6., 8.], dtype=float32)}
+
+        In a loop that has no `project_weights`, after the step, and only the kernels:
+
+        >>> from optax_clip import where
+        >>> kernels = where(lambda path, leaf: path.endswith("kernel"))
+        >>> params = {"bias": jnp.array([3.0]), "kernel": jnp.array([3.0, 4.0])}
+        >>> print(project(params, norm_sphere(10.0), mask=kernels))
+        {'bias': Array([3.], dtype=float32), 'kernel': Array([6., 8.], dtype=float32)}
     """
-    return as_constraint(constraint).nearest(params)
+    wanted = as_constraint(constraint)
+    if mask is None:
+        return wanted.nearest(params)
+    flags, part = _part(params, mask)
+    whole: optax.Params = jax.tree.map(
+        lambda flag, new, old: new if flag else old, flags, wanted.nearest(part), params
+    )
+    return whole
 
 
-def violation(params: optax.Params, constraint: ConstraintLike) -> Array:
+def _part(params: optax.Params, mask: Mask) -> tuple[Any, optax.Params]:
+    """The mask as a tree of bools, and the weights that it chooses, as `optax.masked` shows them."""
+    flags = mask(params) if is_formula(mask) else mask
+    for flag in jax.tree.leaves(flags):
+        if not isinstance(flag, bool) and getattr(flag, "dtype", None) != jnp.bool_:
+            raise TypeError(
+                f"Expected mask to be a tree of bools or a callable params -> mask, got mask={mask!r}."
+            )
+    return flags, jax.tree.map(lambda flag, x: x if flag else optax.MaskedNode(), flags, params)
+
+
+def violation(params: optax.Params, constraint: ConstraintLike, *, mask: Mask | None = None) -> Array:
     r"""How far weights are outside a set.
 
     .. math:: \max_s \big(\|w_s\| - r\big)_+
@@ -60,12 +93,14 @@ def violation(params: optax.Params, constraint: ConstraintLike) -> Array:
     Args:
         params: weights of any shape and float dtype.
         constraint: a set, or any callable ``params -> params``.
+        mask: which weights, as in `project`.
 
     Returns:
         A float32 scalar, 0 inside.
 
     Raises:
-        TypeError: if the constraint is neither a set nor callable, or no leaf is a float.
+        TypeError: if the constraint is neither a set nor callable, no leaf is a float, or the mask is
+            not of bools.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -73,8 +108,10 @@ def violation(params: optax.Params, constraint: ConstraintLike) -> Array:
         >>> print(violation({"w": jnp.array([3.0, 4.0])}, norm_ball(2.0)))
         3.0
     """
-    _floats_given(params)
-    return as_constraint(constraint).excess(params)
+    wanted = as_constraint(constraint)
+    part = params if mask is None else _part(params, mask)[1]
+    _floats_given(part)
+    return wanted.excess(part)
 
 
 def _floats_given(params: Any) -> None:

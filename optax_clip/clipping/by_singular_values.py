@@ -94,9 +94,10 @@ def clip_singular_values(
         capped = [
             _matrices.cap_singular_values(x, limit, method=method) if _is_matrix(x) else x for x in xs
         ]
-        spoilt = jnp.where(~finite & (nonfinite == "zero"), 0, jnp.nan)
+        # Not one number for both cases: where it is made outside of jit it would trip `jax.debug_nans`.
+        zeroed = ~finite & (nonfinite == "zero")
         broken = ~finite | jnp.isnan(limit)
-        new = [jnp.where(broken, spoilt.astype(x.dtype), x) for x in capped]
+        new = [jnp.where(zeroed, 0, jnp.where(broken, jnp.nan, x)) for x in capped]
 
         def report() -> Report:
             (after,) = measure(scopes, new, None)

@@ -208,9 +208,18 @@ def _newton_step(
     """One step towards the root, and how many entries are above."""
     depths = cut.depths(xs, [*origins, thetas])
     counts = cut.scopes.sum([(d > 0).astype(d.dtype) for d in depths])
-    sums = cut.scopes.sum([jnp.where(d > 0, d, 0) for d in depths])
-    rows = zip(thetas, sums, goals, counts, strict=True)
-    return [theta + (got - goal) / jnp.maximum(n, 1) for theta, got, goal, n in rows], counts
+    units = [_unit(goal) for goal in goals]
+    scales = _xla.written_once(cut.scopes.per_leaf(units))
+    sums = cut.scopes.sum([jnp.where(d > 0, d * k, 0) for d, k in zip(depths, scales, strict=True)])
+    rows = zip(thetas, sums, goals, units, counts, strict=True)
+    return [
+        theta + (got - goal * unit) / jnp.maximum(n, 1) / unit for theta, got, goal, unit, n in rows
+    ], counts
+
+
+def _unit(goal: Array) -> Array:
+    """A power of two with which entries that are below the goal have a finite sum."""
+    return jnp.where(goal > 2.0**80, 2.0**-40, 1).astype(goal.dtype)
 
 
 class _Search(NamedTuple):
@@ -254,7 +263,7 @@ def _below(cut: Cut, xs: list[Array], peaks: Cells, goals: Cells) -> Cells:
     starts = []
     for total, peak, goal, n in rows:
         number = jnp.maximum(jnp.asarray(n, peak.dtype), 1)
-        step = (total - goal) / number - peak
+        step = jnp.where(jnp.isfinite(total), (total - goal) / number - peak, -jnp.inf)
         starts.append(jnp.minimum(jnp.maximum(step, -goal), -goal / number))
     return starts
 
