@@ -72,8 +72,9 @@ def violation(params: optax.Params, constraint: ConstraintLike) -> Array:
         >>> print(violation({"w": jnp.array([3.0, 4.0])}, norm_ball(2.0)))
         3.0
     """
+    wanted = as_constraint(constraint)
     _floats_given(params)
-    return as_constraint(constraint).excess(params)
+    return wanted.excess(params)
 
 
 def _floats_given(params: Any) -> None:
@@ -158,6 +159,11 @@ def project_weights(
         _validate.params_given(params, of="project_weights")
         # An `every` that is traced was 1 at init if no steps are counted.
         each_step = not (isinstance(memory, dict) and "count" in memory)
+        if each_step and not always and not _validate.is_traced(every):
+            raise ValueError(
+                f"Expected in update of project_weights with every={every!r} a state that counts steps, "
+                "got one that does not, as of every=1."
+            )
         held = memory if each_step else memory["set"]
         count = 0 if each_step else increment(memory["count"])
         kept = _owners.opened(held, lambda: first(params)) if owned else held
