@@ -111,9 +111,7 @@ class Limits(NamedTuple):
 
     @property
     def _remembering(self) -> list[ThresholdRule]:
-        return [
-            rule for rule, memory in zip(self.rules, self.memories, strict=True) if memory is not None
-        ]
+        return [rule for rule, shape in zip(self.rules, self.memories, strict=True) if shape is not None]
 
     @property
     def asks_for_weights(self) -> bool:
@@ -136,15 +134,15 @@ class Limits(NamedTuple):
         new = functools.partial(self._first, seen.scopes, seen.norms[0].root.dtype)
         old = self._own(_owners.opened(memory, new) if self.owned else memory or [])
         states = iter(old)
-        full = [() if memory is None else next(states) for memory in self.memories]
+        full = [() if shape is None else next(states) for shape in self.memories]
         limits, full = ask(seen, full)
-        kept = [state for state, memory in zip(full, self.memories, strict=True) if memory is not None]
+        kept = [state for state, shape in zip(full, self.memories, strict=True) if shape is not None]
         kept = _in_dtypes_of(old, kept)
         return limits, _owners.closed(memory, kept) if self.owned else kept
 
     def _own(self, states: Any) -> list[Any]:
         """States that are those of these rules; as arrays, where Optax's tools set a number."""
-        wanted = [memory for memory in self.memories if memory is not None]
+        wanted = [shape for shape in self.memories if shape is not None]
         structures: list[Any] = [jax.tree.structure(x) for x in (wanted, states)]
         if structures[0] != structures[1]:
             raise ValueError(
