@@ -14,8 +14,6 @@ from optax_clip import (
     RecordedState,
     clip_by_global_norm,
     metrics,
-    norm_ball,
-    project_weights,
     skip_spikes,
 )
 from test_readme import CODE
