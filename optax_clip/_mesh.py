@@ -89,6 +89,22 @@ def everywhere(x: Array) -> Array:
     return whole
 
 
+def placed_like(x: Array, other: Array) -> Array:
+    """``x`` where another array of its shape is, on an explicit mesh."""
+    ours, theirs = (jax.typeof(each).sharding for each in (x, other))
+    return x if ours == theirs or not is_explicit(other) else jax.sharding.reshard(x, theirs)
+
+
+def together(x: Array, y: Array) -> tuple[Array, Array]:
+    """Both where JAX adds them up: on an explicit mesh a whole array goes to where the other is."""
+    ours, theirs = (jax.typeof(each).sharding for each in (x, y))
+    if ours == theirs or not (is_explicit(x) and is_explicit(y)):
+        return x, y
+    kinds = [jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=each) for each in (ours, theirs)]
+    sharding = jax.eval_shape(lax.add, *kinds).sharding
+    return jax.sharding.reshard(x, sharding), jax.sharding.reshard(y, sharding)
+
+
 def place_like(state: T, params: Any) -> T:
     """``state`` replicated beside ``params``, where it is after a step, so that nothing recompiles."""
     if any(is_traced(leaf) for leaf in jax.tree.leaves((state, params))):

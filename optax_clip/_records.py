@@ -1,6 +1,7 @@
 """What a transform writes into its state for `metrics` to read; nowhere else is its layout known."""
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -87,7 +88,7 @@ def transform(
     *,
     record: bool = True,
     remembers: bool = True,
-    owned: bool = False,
+    by_tree: bool = False,
     scope: Any = None,
     parts: Callable[[Any], Mapping[str, str]] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -102,13 +103,13 @@ def transform(
         record: whether it is.
         remembers: whether there is a memory; without memory and record the state is
             `optax.EmptyState`, and any state is accepted.
-        owned: whether the memory has a part under the name of its tree (`_owners.owned`).
+        by_tree: whether the memory has a part under the name of its tree (`_owners.kept`).
         scope: of which the labels, if there are any, belong to that name.
         parts: ``params -> {path or label: field}``, what is reported besides.
     """
     _validate.name(name=name)
     bare = not record and not remembers
-    layout = _Layout(name, fields, record, owned, scope, parts if record else None)
+    layout = _Layout(name, fields, record, by_tree, scope, parts if record else None)
 
     def first(params: optax.Params) -> Any:
         if bare:
@@ -135,7 +136,7 @@ class _Layout(NamedTuple):
     name: str
     fields: tuple[str, ...]
     record: bool
-    owned: bool
+    by_tree: bool
     scope: Any
     parts: Callable[[Any], Mapping[str, str]] | None
 
@@ -143,7 +144,7 @@ class _Layout(NamedTuple):
         packed: dict[str, Any] = {field: _zeros(field) for field in self.fields}
         if self.parts is not None:
             named = {f"{part}/{field}": _zeros(field) for part, field in self.parts(params).items()}
-            packed[PARTS] = _owners.owned(_nested(named), params, self.scope)
+            packed[PARTS] = _owners.kept(_nested(named), params, self.scope)
         return _nested({self.name: packed})
 
     def written(self, last: dict[str, Any], report: Report) -> dict[str, Any]:
@@ -182,12 +183,12 @@ class _Layout(NamedTuple):
                 f"name, got a state that records {_outline(state.recorded)}."
             )
         found = set(_owners.keys({"recorded": state.recorded, "memory": state.memory}))
-        if not found and not self.owned:
+        if not found and not self.by_tree:
             return
         owner = _owners.Owner.of(updates, self.scope, beside=params)
         for key in found:
             _owners.require(key, owner, of=this)
-        if self.owned and owner.paths and not set(_owners.keys({"memory": state.memory})):
+        if self.by_tree and owner.paths and not set(_owners.keys({"memory": state.memory})):
             raise ValueError(
                 f"Expected in update of {this} a state that remembers something of each of "
                 f"{len(owner.paths)} leaves, got one that remembers nothing: another threshold's or "
@@ -220,6 +221,27 @@ def _nested(entries: Mapping[str, Any]) -> dict[str, Any]:
             inner = inner.setdefault(key, {})
         inner[last] = value
     return tree
+
+
+def distinct(names: Sequence[str], field: str) -> list[str]:
+    """Names below which an entry has a place of its own: those that meet are numbered.
+
+    Keys may hold a "/", so that two leaves have one path, or one path ends inside another's entry.
+    """
+    given, found = set(names), []
+    entries: set[tuple[str, ...]] = set()
+    above: set[tuple[str, ...]] = set()
+    for name in names:
+        numbered = (f"{name}_{n}" for n in itertools.count(1) if f"{name}_{n}" not in given)
+        for each in itertools.chain([name], numbered):
+            entry = (*each.split("/"), field)
+            places = [entry[:k] for k in range(1, len(entry) + 1)]
+            if entry not in above and entries.isdisjoint(places):
+                break
+        entries.add(entry)
+        above.update(places)
+        found.append(each)
+    return found
 
 
 def _updated(old: Any, new: Any) -> Any:

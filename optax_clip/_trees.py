@@ -41,16 +41,37 @@ def shape_of(x: Any) -> tuple[int, ...]:
     return tuple(getattr(x, "shape", ()))
 
 
-def flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
+class Path(str):
+    """The keys on the way to a leaf, joined by "/"; a key may hold one itself, as Haiku's do."""
+
+    keys: tuple[str, ...]
+
+    @classmethod
+    def of(cls, keys: Sequence[str]) -> "Path":
+        path = cls("/".join(keys))
+        path.keys = tuple(keys)
+        return path
+
+
+def is_none(x: Any) -> bool:
+    return x is None
+
+
+def is_empty(x: Any) -> bool:
+    """Is there nothing in ``x``: None, or what a mask left in the place of a part?"""
+    return not jax.tree_util.tree_leaves(x)
+
+
+def flatten(tree: Any, is_leaf: Callable[[Any], bool] = is_none) -> tuple[list[Path], list[Any], Any]:
     """Paths, leaves and structure of a tree, with a place for each None."""
-    found, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
-    outer = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None or is_box(x))
+    found, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    outer = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: is_leaf(x) or is_box(x))
     boxes = {path for path, x in outer if is_box(x)}
     paths = []
     for path, _ in found:
         inside = [k for k in range(len(path)) if path[:k] in boxes]
         kept = [key for k, key in enumerate(path) if k not in inside]
-        paths.append(jax.tree_util.keystr(tuple(kept), simple=True, separator="/"))
+        paths.append(Path.of([jax.tree_util.keystr((key,), simple=True) for key in kept]))
     return paths, [leaf for _, leaf in found], treedef
 
 
@@ -107,7 +128,7 @@ class Scopes(NamedTuple):
     """
 
     treedef: Any
-    paths: tuple[str, ...]
+    paths: tuple[Path, ...]
     places: tuple[int, ...]
     axes: tuple[tuple[int, ...], ...]
     mapped: tuple[tuple[Hashable, ...], ...]
@@ -325,14 +346,14 @@ def _rows_summed(x: Array) -> Array:
 
 
 def _homes(
-    scope: Scope, paths: list[str], shown: list[Any], places: tuple[int, ...], kept: dict[int, Any]
+    scope: Scope, paths: Sequence[str], shown: list[Any], places: tuple[int, ...], kept: dict[int, Any]
 ) -> tuple[tuple[Home, ...], tuple[str, ...] | None, tuple[int, ...] | None, tuple[int, ...]]:
     """The homes, labels, rows and memory of `Scopes`."""
     every = range(len(places))
     if isinstance(scope, Groups):
         names = {i: scope.label(paths[i], as_struct(shown[i])) for i in kept}
         _validate.labels(paths, names)
-        labels = tuple(sorted(set(names.values())))
+        labels = tuple(sorted(set(map(str, names.values()))))
         return tuple((0, labels.index(names[i])) for i in places), labels, None, (len(labels),)
     if isinstance(scope, str) and scope == "global":
         return tuple((0, None) for _ in every), None, None, ()
@@ -370,9 +391,9 @@ def _mapped(path: str, x: Any, axes: tuple[int, ...], axis_name: AxisName) -> tu
 
 def _count(pairs: list[tuple[Any, int]], length: int) -> Any:
     """The entries of each scope in a cell, from those of its homes."""
-    if pairs[0][0] is None:
+    if pairs and pairs[0][0] is None:
         return np.asarray(pairs[0][1])
-    if isinstance(pairs[0][0], tuple):
+    if not pairs or isinstance(pairs[0][0], tuple):
         return np.asarray([n for _, n in pairs])
     counts = np.zeros(length, int)
     for row, n in pairs:

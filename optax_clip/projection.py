@@ -11,10 +11,11 @@ from jax import Array, lax
 
 from optax_clip import _owners, _validate, _xla
 from optax_clip._landing import add_as_apply_updates, land, reach
-from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes
+from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes, together
 from optax_clip._numerics import accumulator, beyond, widen
 from optax_clip._records import Report, increment, transform
 from optax_clip._trees import Scopes, is_inexact
+from optax_clip._values import owned
 from optax_clip.sets.constraint import Constraint, Move, as_constraint
 
 __all__ = ["project", "project_weights", "violation"]
@@ -145,28 +146,24 @@ def project_weights(
     """
     wanted = as_constraint(constraint)
     first = wanted.init or (lambda params: ())
-    owned = wanted.init is not None
+    by_tree = wanted.init is not None
     _validate.integer(1, every=every)
+    every = owned(every)
     _validate.record(record)
     always = not _validate.is_traced(every) and int(every) == 1
 
     def init(params: optax.Params) -> Any:
-        kept = _owners.owned(first(params), params) if owned else ()
+        kept = _owners.kept(first(params), params) if by_tree else ()
         return kept if always else {"set": kept, "count": place_like(jnp.zeros((), jnp.int32), params)}
 
     def step(updates: optax.Updates, memory: Any, params: Any, **extra: Any) -> tuple[Any, Any, Any]:
         del extra
         _validate.params_given(params, of="project_weights")
-        # An `every` that is traced was 1 at init if no steps are counted.
-        each_step = not (isinstance(memory, dict) and "count" in memory)
-        if each_step and not always and not _validate.is_traced(every):
-            raise ValueError(
-                f"Expected in update of project_weights with every={every!r} a state that counts steps, "
-                "got one that does not, as of every=1."
-            )
+        updates, params = _where_they_meet(updates, params)
+        each_step = not _counts(memory, every)
         held = memory if each_step else memory["set"]
         count = 0 if each_step else increment(memory["count"])
-        kept = _owners.opened(held, lambda: first(params)) if owned else held
+        kept = _owners.opened(held, lambda: first(params)) if by_tree else held
 
         def projected() -> tuple[optax.Updates, Any, tuple[Array, Array]]:
             return redirect(wanted, updates, params, kept, record=record)
@@ -176,14 +173,33 @@ def project_weights(
 
         due = True if each_step else count % jnp.maximum(jnp.int32(every), 1) == 0
         new, kept, moved = _xla.cond(due, projected, untouched)
-        held = _owners.closed(held, kept) if owned else kept
+        held = _owners.closed(held, kept) if by_tree else kept
         memory = held if each_step else {"set": held, "count": count}
         return new, memory, lambda: Report({"moves": moved}, {"turns": (True,)})
 
-    remembers = not always or owned
+    remembers = not always or by_tree
     return transform(
-        name, ("moves", "turns"), init, step, record=record, remembers=remembers, owned=owned
+        name, ("moves", "turns"), init, step, record=record, remembers=remembers, by_tree=by_tree
     )
+
+
+def _counts(memory: Any, every: Any) -> bool:
+    """Are steps counted? An `every` that is traced was 1 at init if they are not."""
+    counted = isinstance(memory, dict) and "count" in memory
+    if not counted and not _validate.is_traced(every) and int(every) > 1:
+        raise ValueError(
+            f"Expected in update of project_weights with every={every!r} a state that counts steps, got "
+            "one that does not, as of every=1."
+        )
+    return counted
+
+
+def _where_they_meet(updates: optax.Updates, params: optax.Params) -> tuple[Any, Any]:
+    """Both on the devices where `optax.apply_updates` adds them up."""
+    scopes, us = Scopes.of(updates, "leaf", axis_name=(), beside=params)
+    pairs = list(map(together, us, scopes.leaves_of(params, of="project_weights")))
+    us, ps = ([pair[i] for pair in pairs] for i in (0, 1))
+    return scopes.rebuild(updates, us), scopes.rebuild(params, ps)
 
 
 class _How(NamedTuple):

@@ -1,7 +1,7 @@
 """Clip each entry into an interval."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from optax_clip._records import Report, increment, transform
 from optax_clip._settings import Initial, Setting
 from optax_clip._trees import Scopes
 from optax_clip._validate import AxisName
+from optax_clip._values import owned
 from optax_clip.clipping._reports import clip_report
 from optax_clip.norms import measure
 from optax_clip.thresholds.engine import ThresholdRule
@@ -82,7 +83,8 @@ def clip_by_value(
     _validate.axis_name(axis_name=axis_name)
     _validate.record(record)
     _check_kind(limit)
-    scheduled = callable(limit)
+    lower, limit = owned((lower, limit))
+    scheduled = _settings.is_formula(limit)
     if scheduled and lower is not None:
         raise TypeError(f"Expected a number as limit beside lower, got limit={limit!r}.")
     if lower is not None:
@@ -222,7 +224,8 @@ def _statistics(
 
 def _alone(lower: Any, high: Any) -> list[tuple[Any, Any]]:
     """The bounds where there is no leaf to tell more: of a tree none."""
-    if any(isinstance(x, (Mapping, Sequence)) or jnp.ndim(x) for x in (lower, high) if x is not None):
+    given = [x for x in (lower, high) if x is not None]
+    if any(not isinstance(x, _settings.NUMBERS) or jnp.ndim(x) for x in given):
         return []
     return [(-high if lower is None else lower, high)]
 

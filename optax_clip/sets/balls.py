@@ -189,7 +189,7 @@ def _cube(radius: Setting, axis_name: AxisName) -> Constraint:
     def bound(r: Any) -> Any:
         return jnp.maximum(r, 0) if isinstance(r, Array) else r
 
-    if callable(radius):
+    if _settings.is_formula(radius):
         formula: Any = radius
         return box(
             lambda *leaf: -bound(formula(*leaf)),

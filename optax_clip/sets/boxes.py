@@ -24,7 +24,7 @@ from optax_clip._numerics import (
     round_up,
 )
 from optax_clip._settings import Setting, aligned, precise
-from optax_clip._trees import Scopes, shape_of
+from optax_clip._trees import Path, Scopes, shape_of
 from optax_clip._validate import AxisName
 from optax_clip._values import value_object
 from optax_clip.sets.constraint import Constraint, Move, largest, no_start, require_real
@@ -242,5 +242,5 @@ def _largest(x: Any) -> Array:
     return peak
 
 
-def _parent(path: str) -> str:
-    return path.rpartition("/")[0]
+def _parent(path: Path) -> tuple[str, ...]:
+    return path.keys[:-1]

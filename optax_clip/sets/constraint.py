@@ -17,6 +17,7 @@ from optax_clip._numerics import accumulator, widen
 from optax_clip._settings import Initial, Setting
 from optax_clip._trees import Cells, Scopes
 from optax_clip._validate import AxisName, Groups, Ord, Scope
+from optax_clip._values import owned
 from optax_clip.norms import Norm, measure, total
 
 __all__ = ["Constraint", "initial"]
@@ -121,7 +122,7 @@ def initial(kappa: ArrayLike = 1.0) -> Initial:
     """
     _validate.at_least(0, kappa=kappa)
     _validate.finite(kappa=kappa)
-    return Initial(kappa)
+    return Initial(owned(kappa))
 
 
 class NormBounds(NamedTuple):

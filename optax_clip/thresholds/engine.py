@@ -10,11 +10,12 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from optax_clip import _owners, _validate
-from optax_clip._mesh import all_reduce, place_like, varying_axes
+from optax_clip._mesh import all_reduce, place_like, placed_like, varying_axes
 from optax_clip._numerics import accumulator, as_dtype
 from optax_clip._records import increment
 from optax_clip._trees import Cells, Scopes, flatten
 from optax_clip._validate import Groups, Ord
+from optax_clip._values import owned
 from optax_clip.norms import Norm, measure
 
 __all__ = ["ThresholdRule"]
@@ -105,7 +106,7 @@ class Limits(NamedTuple):
         return bool(self._remembering)
 
     @property
-    def owned(self) -> bool:
+    def by_tree(self) -> bool:
         """Is there a memory of norms, which are those of one tree? A schedule counts steps alone."""
         return any(not isinstance(rule, _Given) for rule in self._remembering)
 
@@ -122,7 +123,7 @@ class Limits(NamedTuple):
         scopes, xs = Scopes.of(params, scope, axis_name=())
         self._require_each(scopes.labels)
         states = place_like(self._first(scopes, accumulator(xs)), params)
-        return _owners.owned(states, params, scope) if self.owned else states
+        return _owners.kept(states, params, scope) if self.by_tree else states
 
     def _first(self, scopes: Scopes, dtype: Any) -> list[Any]:
         norms = jnp.zeros(scopes.memory if self.labels is None else (), dtype)
@@ -132,13 +133,13 @@ class Limits(NamedTuple):
         """A limit for each scope, cell by cell, and the next memory."""
         ask = self._one_for_all if self.labels is None else self._one_a_label
         new = functools.partial(self._first, seen.scopes, seen.norms[0].root.dtype)
-        old = self._own(_owners.opened(memory, new) if self.owned else memory or [])
+        old = self._own(_owners.opened(memory, new) if self.by_tree else memory or [])
         states = iter(old)
         full = [() if shape is None else next(states) for shape in self.memories]
         limits, full = ask(seen, full)
         kept = [state for state, shape in zip(full, self.memories, strict=True) if shape is not None]
         kept = _in_dtypes_of(old, kept)
-        return limits, _owners.closed(memory, kept) if self.owned else kept
+        return limits, _owners.closed(memory, kept) if self.by_tree else kept
 
     def _own(self, states: Any) -> list[Any]:
         """States that are those of these rules; as arrays, where Optax's tools set a number."""
@@ -161,11 +162,11 @@ class Limits(NamedTuple):
         if not self.remembers:
             beside: Sequence[Array | None] = params or [None] * len(norms)
             asked = [rule.update(n, state, p, total)[0] for n, p in zip(norms, beside, strict=True)]
-            return _in_dtypes_of([n.root for n in seen.norms], asked), states
+            return _like_norms(seen, asked), states
         joined = seen.scopes.join(norms)
         _same_scopes(seen, state, joined)
         limits, state = rule.update(joined, state, seen.scopes.join(params) if params else None, total)
-        return _in_dtypes_of([n.root for n in seen.norms], seen.scopes.split(limits, norms)), [state]
+        return _like_norms(seen, seen.scopes.split(limits, norms)), [state]
 
     def _one_a_label(self, seen: Seen, states: list[Any]) -> tuple[Cells, list[Any]]:
         self._require_each(seen.scopes.labels)
@@ -209,7 +210,8 @@ def as_rule(**named: Any) -> ThresholdRule:
 
         return _Given(lambda norms: {"count": jnp.zeros((), jnp.int32)}, follow)
     _validate.at_least(0, **named)
-    return _Given(lambda norms: (), lambda norms, state, *_: (_limit(norms, threshold), state))
+    number = owned(threshold)
+    return _Given(lambda norms: (), lambda norms, state, *_: (_limit(norms, number), state))
 
 
 def _limit(norms: Array, limit: ArrayLike) -> Array:
@@ -256,6 +258,11 @@ def _same_scopes(seen: Seen, state: Any, joined: Array) -> None:
             "Expected params beside updates that are None where init saw weights, got params=None. Call "
             "tx.update(grads, state, params)."
         )
+
+
+def _like_norms(seen: Seen, limits: Cells) -> Cells:
+    """The limits in the dtype of the norms that they are for, and on their devices."""
+    return [placed_like(x.astype(n.root.dtype), n.root) for x, n in zip(limits, seen.norms, strict=True)]
 
 
 def _in_dtypes_of(old: Any, new: Any) -> Any:
