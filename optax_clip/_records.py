@@ -51,6 +51,10 @@ class RecordedState(NamedTuple):
         ...     RecordedState, serialized_name="optax_clip.RecordedState"
         ... )
 
+    What goes by leaf stands below a name made of the paths and shapes of its tree, and an update with
+    the state of another tree raises `ValueError`. Of the state of a wrapped optimizer it has the
+    attributes.
+
     Args:
         recorded: the metrics, packed; all zeros before the first step.
         memory: what the next step needs: of a threshold rule, of a set, of a wrapped optimizer.
