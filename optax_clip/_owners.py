@@ -65,7 +65,7 @@ def _digest(words: Any, length: int) -> str:
     return base64.b32encode(hashlib.sha256(repr(words).encode()).digest()).decode().lower()[:length]
 
 
-def owned(memory: Any, tree: Any, scope: Any = None) -> Any:
+def kept(memory: Any, tree: Any, scope: Any = None) -> Any:
     """A memory under the name of its tree.
 
     Optax asks for a state without leaves: one number then stands for all.

@@ -51,6 +51,10 @@ class RecordedState(NamedTuple):
         ...     RecordedState, serialized_name="optax_clip.RecordedState"
         ... )
 
+    What goes by leaf stands below a name made of the paths and shapes of its tree, and an update with
+    the state of another tree raises `ValueError`. Of the state of a wrapped optimizer it has the
+    attributes.
+
     Args:
         recorded: the metrics, packed; all zeros before the first step.
         memory: what the next step needs: of a threshold rule, of a set, of a wrapped optimizer.
@@ -88,7 +92,7 @@ def transform(
     *,
     record: bool = True,
     remembers: bool = True,
-    owned: bool = False,
+    by_tree: bool = False,
     scope: Any = None,
     parts: Callable[[Any], Mapping[str, str]] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -103,13 +107,13 @@ def transform(
         record: whether it is.
         remembers: whether there is a memory; without memory and record the state is
             `optax.EmptyState`, and any state is accepted.
-        owned: whether the memory has a part under the name of its tree (`_owners.owned`).
+        by_tree: whether the memory has a part under the name of its tree (`_owners.kept`).
         scope: of which the labels, if there are any, belong to that name.
         parts: ``params -> {path or label: field}``, what is reported besides.
     """
     _validate.name(name=name)
     bare = not record and not remembers
-    layout = _Layout(name, fields, record, owned, scope, parts if record else None)
+    layout = _Layout(name, fields, record, by_tree, scope, parts if record else None)
 
     def first(params: optax.Params) -> Any:
         if bare:
@@ -136,7 +140,7 @@ class _Layout(NamedTuple):
     name: str
     fields: tuple[str, ...]
     record: bool
-    owned: bool
+    by_tree: bool
     scope: Any
     parts: Callable[[Any], Mapping[str, str]] | None
 
@@ -144,7 +148,7 @@ class _Layout(NamedTuple):
         packed: dict[str, Any] = {field: _zeros(field) for field in self.fields}
         if self.parts is not None:
             named = {f"{part}/{field}": _zeros(field) for part, field in self.parts(params).items()}
-            packed[PARTS] = _owners.owned(_nested(named), params, self.scope)
+            packed[PARTS] = _owners.kept(_nested(named), params, self.scope)
         return _nested({self.name: packed})
 
     def written(self, last: dict[str, Any], report: Report) -> dict[str, Any]:
@@ -183,12 +187,12 @@ class _Layout(NamedTuple):
                 f"name, got a state that records {_outline(state.recorded)}."
             )
         found = set(_owners.keys({"recorded": state.recorded, "memory": state.memory}))
-        if not found and not self.owned:
+        if not found and not self.by_tree:
             return
         owner = _owners.Owner.of(updates, self.scope, beside=params)
         for key in found:
             _owners.require(key, owner, of=this)
-        if self.owned and owner.paths and not set(_owners.keys({"memory": state.memory})):
+        if self.by_tree and owner.paths and not set(_owners.keys({"memory": state.memory})):
             raise ValueError(
                 f"Expected in update of {this} a state that remembers something of each of "
                 f"{len(owner.paths)} leaves, got one that remembers nothing: another threshold's or "

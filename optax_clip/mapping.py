@@ -78,11 +78,11 @@ def gradient_mapping(
     _validate.positive(reach=reach)
     _validate.record(record)
     first = wanted.init or (lambda params: ())
-    remembers = wanted.init is not None
+    by_tree = wanted.init is not None
     mapped = wanted.mapped or functools.partial(by_entry if wanted.bounds else by_difference, wanted)
 
     def init(params: optax.Params) -> Any:
-        return _owners.owned(first(params), params) if remembers else ()
+        return _owners.kept(first(params), params) if by_tree else ()
 
     def step(updates: optax.Updates, memory: Any, params: Any, **extra: Any) -> tuple[Any, Any, Any]:
         del extra
@@ -90,9 +90,9 @@ def gradient_mapping(
         scopes, gs = Scopes.of(updates, "leaf", axis_name=(), beside=params)
         ps = scopes.leaves_of(params, of="gradient_mapping")
         ahead = jnp.maximum(as_dtype(reach, jnp.float32), jnp.finfo(jnp.float32).tiny)
-        kept = _owners.opened(memory, lambda: first(params)) if remembers else memory
+        kept = _owners.opened(memory, lambda: first(params)) if by_tree else memory
         new, kept, share = mapped(scopes.alone(ps), scopes.alone(gs), kept, params, ahead)
-        memory = _owners.closed(memory, kept) if remembers else kept
+        memory = _owners.closed(memory, kept) if by_tree else kept
 
         def report() -> Report:
             return Report({"share": (share(),)}, {"turns": (True,)})
@@ -100,7 +100,7 @@ def gradient_mapping(
         return scopes.rebuild(updates, new), memory, report
 
     fields = "share", "turns"
-    return transform(name, fields, init, step, record=record, remembers=remembers, owned=remembers)
+    return transform(name, fields, init, step, record=record, remembers=by_tree, by_tree=by_tree)
 
 
 def constrained(

@@ -182,25 +182,24 @@ def project_weights(
     """
     wanted = as_constraint(constraint)
     first = wanted.init or (lambda params: ())
-    remembers = wanted.init is not None
+    by_tree = wanted.init is not None
     _validate.integer(1, every=every)
     every = owned(every)
     _validate.record(record)
     always = not _validate.is_traced(every) and int(every) == 1
 
     def init(params: optax.Params) -> Any:
-        kept = _owners.owned(first(params), params) if remembers else ()
+        kept = _owners.kept(first(params), params) if by_tree else ()
         return kept if always else {"set": kept, "count": place_like(jnp.zeros((), jnp.int32), params)}
 
     def step(updates: optax.Updates, memory: Any, params: Any, **extra: Any) -> tuple[Any, Any, Any]:
         del extra
         _validate.params_given(params, of="project_weights")
         updates, params = _where_they_meet(updates, params)
-        # An `every` that is traced was 1 at init if no steps are counted.
-        each_step = not (isinstance(memory, dict) and "count" in memory)
+        each_step = not _counts(memory, every)
         whole = memory if each_step else memory["set"]
         count = 0 if each_step else increment(memory["count"])
-        kept = _owners.opened(whole, lambda: first(params)) if remembers else whole
+        kept = _owners.opened(whole, lambda: first(params)) if by_tree else whole
 
         def projected() -> tuple[optax.Updates, Any, Any]:
             return redirect(wanted, updates, params, kept, record=record)
@@ -210,7 +209,7 @@ def project_weights(
 
         due = True if each_step else count % jnp.maximum(jnp.int32(every), 1) == 0
         new, kept, moves = _xla.cond(due, projected, untouched)
-        whole = _owners.closed(whole, kept) if remembers else kept
+        whole = _owners.closed(whole, kept) if by_tree else kept
         memory = whole if each_step else {"set": whole, "count": count}
 
         def report() -> Report:
@@ -222,8 +221,8 @@ def project_weights(
         return new, memory, report
 
     fields = "share" if wanted.bounds else "moves", "turns"
-    stateful = not always or remembers
-    return transform(name, fields, init, step, record=record, remembers=stateful, owned=remembers)
+    remembers = not always or by_tree
+    return transform(name, fields, init, step, record=record, remembers=remembers, by_tree=by_tree)
 
 
 def at_bounds(
@@ -250,6 +249,17 @@ def _reached(end: Array, low: Array, high: Array) -> tuple[Array, Array]:
 
 
 Landed = tuple[list[Array], Any, Sequence[Array]]
+
+
+def _counts(memory: Any, every: Any) -> bool:
+    """Are steps counted? An `every` that is traced was 1 at init if they are not."""
+    counted = isinstance(memory, dict) and "count" in memory
+    if not counted and not _validate.is_traced(every) and int(every) > 1:
+        raise ValueError(
+            f"Expected in update of project_weights with every={every!r} a state that counts steps, got "
+            "one that does not, as of every=1."
+        )
+    return counted
 
 
 def _where_they_meet(updates: optax.Updates, params: optax.Params) -> tuple[Any, Any]:

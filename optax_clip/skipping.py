@@ -88,7 +88,7 @@ def skip_spikes(
     _validate.axis_name(axis_name=axis_name)
     _validate.record(record)
     fields = ("norms", "guarded", *["values"] * guard.reads_value)
-    return transform(name, fields, guard.init, guard.step, record=record, owned=guard.limit.owned)
+    return transform(name, fields, guard.init, guard.step, record=record, by_tree=guard.limit.by_tree)
 
 
 class _Judged(NamedTuple):

@@ -278,7 +278,7 @@ def _by_norm(
 
     return transform(
         name, ("norms", "counts"), init, step,
-        record=bool(record), remembers=limits.remembers, owned=limits.owned, scope=scope,
+        record=bool(record), remembers=limits.remembers, by_tree=limits.by_tree, scope=scope,
         parts=named and named.init,
     )  # fmt: skip
 

@@ -132,6 +132,11 @@ def _check_kind(limit: Any) -> None:
 
 
 def _follow(schedule: optax.Schedule, memory: Any) -> tuple[Any, Any]:
+    if not isinstance(memory, dict):
+        raise ValueError(
+            "Expected in update of clip_by_value with a schedule a state that counts steps, got one "
+            "that does not, as of a number."
+        )
     limit = schedule(memory["count"])
     named: dict[str, Any] = {"limit(step)": limit}
     _validate.at_least(0, **named)

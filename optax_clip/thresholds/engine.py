@@ -86,31 +86,37 @@ class Limits(NamedTuple):
     """A threshold in the scopes of a tree: one rule for all, or one a label."""
 
     rules: tuple[ThresholdRule, ...]
+    name: str
+    memories: tuple[Any, ...]  # the shapes of what each remembers of one norm, or None
     labels: tuple[str, ...] | None = None
-    name: str = "threshold"
 
     @classmethod
     def of(cls, scope: Any, **named: Any) -> "Limits":
         """From a number, schedule or rule, or with groups a dict of these; no dict if scope is None."""
         ((name, threshold),) = named.items()
         if scope is None or not isinstance(threshold, Mapping):
-            return cls((as_rule(**named),))
+            rule = as_rule(**named)
+            return cls((rule,), name, (_memory(rule),))
         if not isinstance(scope, Groups):
             raise ValueError(
                 f"Expected {name} to be a dict only with scope=groups(label), got {name}={threshold!r}."
             )
         each = sorted(threshold.items())
         rules = tuple(as_rule(**{f"{name}[{k!r}]": x}) for k, x in each)
-        return cls(rules, tuple(k for k, _ in each), name)
+        return cls(rules, name, tuple(map(_memory, rules)), tuple(k for k, _ in each))
 
     @property
     def remembers(self) -> bool:
-        return any(map(_remembers, self.rules))
+        return bool(self._remembering)
 
     @property
-    def owned(self) -> bool:
+    def by_tree(self) -> bool:
         """Is there a memory of norms, which are those of one tree? A schedule counts steps alone."""
-        return any(_remembers(rule) and not isinstance(rule, _Given) for rule in self.rules)
+        return any(not isinstance(rule, _Given) for rule in self._remembering)
+
+    @property
+    def _remembering(self) -> list[ThresholdRule]:
+        return [rule for rule, shape in zip(self.rules, self.memories, strict=True) if shape is not None]
 
     @property
     def act_alone(self) -> bool:
@@ -126,40 +132,43 @@ class Limits(NamedTuple):
         scopes, xs = Scopes.of(params, scope, axis_name=())
         self._require_each(scopes.labels)
         states = place_like(self._first(scopes, accumulator(xs)), params)
-        return _owners.owned(states, params, scope) if self.owned else states
+        return _owners.kept(states, params, scope) if self.by_tree else states
 
     def _first(self, scopes: Scopes, dtype: Any) -> list[Any]:
         norms = jnp.zeros(scopes.memory if self.labels is None else (), dtype)
-        return [rule.init(norms) for rule in self.rules if _remembers(rule)]
+        return [rule.init(norms) for rule in self._remembering]
 
     def update(self, seen: Seen, memory: Any) -> tuple[Cells, Any]:
         """A limit for each scope, cell by cell, and the next memory."""
         ask = self._one_for_all if self.labels is None else self._one_a_label
         new = functools.partial(self._first, seen.scopes, seen.norms[0].root.dtype)
-        old = _owners.opened(memory, new) if self.owned else memory or []
-        states = iter(self._own(old))
-        full = [next(states) if _remembers(rule) else () for rule in self.rules]
+        old = self._own(_owners.opened(memory, new) if self.by_tree else memory or [])
+        states = iter(old)
+        full = [() if shape is None else next(states) for shape in self.memories]
         limits, full = ask(seen, full)
-        kept = [state for state, rule in zip(full, self.rules, strict=True) if _remembers(rule)]
+        kept = [state for state, shape in zip(full, self.memories, strict=True) if shape is not None]
         kept = _in_dtypes_of(old, kept)
-        return limits, _owners.closed(memory, kept) if self.owned else kept
+        return limits, _owners.closed(memory, kept) if self.by_tree else kept
 
-    def _own(self, states: Any) -> Any:
-        """States that are those of these rules."""
-        wanted = [_shapes(rule) for rule in self.rules if _remembers(rule)]
+    def _own(self, states: Any) -> list[Any]:
+        """States that are those of these rules; as arrays, where Optax's tools set a number."""
+        wanted = [shape for shape in self.memories if shape is not None]
         structures: list[Any] = [jax.tree.structure(x) for x in (wanted, states)]
         if structures[0] != structures[1]:
             raise ValueError(
                 f"Expected in update the memory of {self.name}, with the entries {_entries(wanted)}, "
                 f"got that of another threshold, with {_entries(states)}."
             )
-        return states
+        arrays: list[Any] = jax.tree.map(
+            lambda x, y: jnp.asarray(y, getattr(y, "dtype", x.dtype)), wanted, states
+        )
+        return arrays
 
     def _one_for_all(self, seen: Seen, states: list[Any]) -> tuple[Cells, list[Any]]:
         (rule,), (state,) = self.rules, states
         norms, total = _told(seen, state)
         params = _param_norms(seen, norms)
-        if not _remembers(rule):
+        if not self.remembers:
             beside: Sequence[Array | None] = params or [None] * len(norms)
             asked = [rule.update(n, state, p, total)[0] for n, p in zip(norms, beside, strict=True)]
             return _like_norms(seen, asked), states
@@ -218,13 +227,10 @@ def _limit(norms: Array, limit: ArrayLike) -> Array:
     return jnp.maximum(as_dtype(limit, norms.dtype), 0)
 
 
-def _remembers(rule: ThresholdRule) -> bool:
-    return bool(jax.tree.leaves(_shapes(rule)))
-
-
-def _shapes(rule: ThresholdRule) -> Any:
+def _memory(rule: ThresholdRule) -> Any:
     # A shape, not an array: what is made before the devices are chosen may not choose them.
-    return jax.eval_shape(rule.init, jax.ShapeDtypeStruct((), jnp.float32))
+    memory = jax.eval_shape(rule.init, jax.ShapeDtypeStruct((), jnp.float32))
+    return memory if jax.tree.leaves(memory) else None
 
 
 def _entries(states: Any) -> str:
