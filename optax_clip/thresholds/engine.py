@@ -121,7 +121,7 @@ class Limits(NamedTuple):
     @property
     def act_alone(self) -> bool:
         """Does the limit of a scope depend on no other scope, nor on steps before?"""
-        return not self.owned
+        return not self.by_tree
 
     @property
     def asks_for_weights(self) -> bool:
