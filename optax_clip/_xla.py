@@ -96,7 +96,10 @@ def of_all(combine: Callable[[Array, Array], Array], parts: Sequence[Array]) -> 
     """
     if len(parts) == 1:
         return parts[0]
-    return lax.optimization_barrier(functools.reduce(combine, lax.optimization_barrier(list(parts))))
+    whole: Array = lax.optimization_barrier(
+        functools.reduce(combine, lax.optimization_barrier(list(parts)))
+    )
+    return whole
 
 
 def sums_in_range(powers: Any, parts: list[tuple[Array, ...]]) -> tuple[list[Array], list[Array]]:
