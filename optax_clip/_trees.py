@@ -351,15 +351,17 @@ def _joined(scopes: Scopes, ways: Sequence[Sequence[Array]]) -> tuple[Scopes, Se
     if scopes.spread:
         return scopes, ways
     alike: dict[Any, list[int]] = {}
-    homes = zip(ways[0], scopes.homes, scopes.mapped, scopes.axes, strict=True)
-    for i, (t, *rest) in enumerate(homes):
+    terms = zip(ways[0], scopes.homes, scopes.mapped, scopes.axes, strict=True)
+    for i, (t, *rest) in enumerate(terms):
         alike.setdefault((jax.typeof(t), *rest) if t.size <= _SMALL else i, []).append(i)
     eights = [same[k : k + 8] for same in alike.values() for k in range(0, len(same), 8)]
     first = [some[0] for some in eights]
-    fields: dict[str, Any] = {
-        name: tuple(getattr(scopes, name)[i] for i in first) for name in ("homes", "mapped", "axes")
-    }
-    return scopes._replace(**fields), [
+    kept = scopes._replace(
+        homes=tuple(scopes.homes[i] for i in first),
+        mapped=tuple(scopes.mapped[i] for i in first),
+        axes=tuple(scopes.axes[i] for i in first),
+    )
+    return kept, [
         [functools.reduce(lax.add, [terms[i] for i in some]) for some in eights] for terms in ways
     ]
 
