@@ -26,8 +26,8 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
         and ``fraction`` (float32) of the last step, the counters ``{name}/steps``, ``steps_clipped``
         and ``steps_nonfinite`` (int32); for `skip_spikes` ``{name}/steps_skipped`` besides; for
         `project_weights` ``{name}/fraction`` and ``steps``, and ``distance`` for sets other than boxes;
-        for `mask_outward` the first two. Of two transforms with one name the later one is called ``name_1``, then
-        ``name_2``. Empty if there are none.
+        for `mask_outward` the first two. Of two transforms with one name the later one is called
+        ``name_1``, then ``name_2``. Empty if there are none.
 
     Examples:
         >>> import jax.numpy as jnp
