@@ -24,6 +24,7 @@ from benchmarks import (
     projections,
     step,
     training,
+    training_step,
 )
 from benchmarks._charlm import picture
 from benchmarks._figure import draw
@@ -31,12 +32,13 @@ from benchmarks._timing import Row
 
 # torch comes last, as its threads would go on spinning beside the others.
 GROUPS = {
+    "training": training_step.run,
     "step": step.run,
     "overheads": overheads.run,
     "growth": growth.run,
     "memory": memory.run,
     "projections": projections.run,
-    "training": training.run,
+    "demo": training.run,
     "collectives": collectives.run,
     "compiled": compiled.run,
     "torch": peers_torch.run,

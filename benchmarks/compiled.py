@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import optax
 
-from benchmarks import _chips, _hlo
+from benchmarks import _chips, _hlo, training_step
 from benchmarks._timing import DTYPES, Row, compile_step, line, size_of
 from benchmarks.overheads import ADAM, Case, Peer, cases
 
@@ -34,9 +34,10 @@ def run(*, smoke: bool) -> list[Row]:
         return []
     side, dtypes = (64, DTYPES[:1]) if smoke else (SIDE, DTYPES)
     few = ("clip_by_global_norm", "box") if smoke else ()
-    print(f"{title}: an Adam step on {MATRICES} matrices of {side} x {side} and biases (Optax's)")
+    rows = training_step.run_compiled(smoke=smoke)
+    print(f"\n{title}: an Adam step on {MATRICES} matrices of {side} x {side} and biases (Optax's)")
     print("units are HBM traffic, temporaries memory, both in multiples of the gradients' bytes")
-    return list(_rows(CHIPS, dtypes, side, few))
+    return rows + list(_rows(CHIPS, dtypes, side, few))
 
 
 def _rows(

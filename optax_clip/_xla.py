@@ -216,6 +216,20 @@ def written_once(xs: list[Array]) -> list[Array]:
     return by_platform(xs, cuda=lambda xs: list(map(lax.optimization_barrier, xs)), default=list)
 
 
+def materialized(xs: Sequence[Array]) -> list[Array]:
+    """Each as an array in memory, before it is measured.
+
+    Accelerators fuse the three forms of a gradient that a norm sums into the product that makes it,
+    which then writes three gradients. Leaf by leaf, as one barrier over all mixes their meshes on older
+    JAX. A CPU writes products to memory anyway.
+    """
+
+    def written(xs: list[Array]) -> list[Array]:
+        return list(map(lax.optimization_barrier, xs))
+
+    return by_platform(list(xs), cpu=list, default=written)
+
+
 def two_sums(x: Array, y: Array) -> tuple[Array, Array]:
     """Two sums, as one of complex numbers: a second one splits an optimizer's kernel."""
 

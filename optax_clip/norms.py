@@ -191,9 +191,17 @@ def per_layer(path: str, leaf: Any) -> tuple[int, ...]:
 
 
 def measure(
-    scopes: Scopes, xs: Sequence[Array], ord: Ord, *others: Sequence[Array], read: Any = lambda x: x
+    scopes: Scopes,
+    xs: Sequence[Array],
+    ord: Ord,
+    *others: Sequence[Array],
+    read: Any = lambda x: x,
+    unwritten: bool = False,
 ) -> list[Norm]:
-    """The norm of each scope, cell by cell, of what ``read`` makes of each leaf and its ``others``."""
+    """The norm of each scope, cell by cell, of what ``read`` makes of each leaf and its ``others``.
+
+    ``unwritten``: a TPU takes the sums of a leaf into the product that makes it, if each is plain.
+    """
     p, dtype = exponent(ord), accumulator(xs)
     parts = list(zip(xs, *others, strict=True))
     if p == math.inf:
@@ -204,6 +212,7 @@ def measure(
     sums, scales = _xla.by_platform(
         parts,
         cpu=functools.partial(_xla.sums_in_range, powers),
+        tpu=functools.partial(_sums_in_range, powers, plain=unwritten),
         default=functools.partial(_sums_in_range, powers),
     )
     means = [
@@ -249,19 +258,20 @@ class Powers(NamedTuple):
         return [(~(s <= info.max), s < _like(n, s) * floor) for s, n in pairs]
 
 
-def _sums_in_range(powers: Powers, parts: list[tuple[Array, ...]]) -> tuple[Cells, Cells]:
+def _sums_in_range(
+    powers: Powers, parts: list[tuple[Array, ...]], *, plain: bool = False
+) -> tuple[Cells, Cells]:
     """The sums of one read: as they are, shrunk, grown; one of the three is in range."""
     wide = [powers.wide(*part) for part in parts]
     if powers.never_out_of_range(parts):
-        plain = powers.sum(wide)
-        return plain, [jnp.ones_like(s) for s in plain]
+        sums = powers.sum(wide)
+        return sums, [jnp.ones_like(s) for s in sums]
     small, large = (jnp.asarray(k, powers.dtype) for k in (powers.small, powers.large))
     ways = [wide, [scale(x, small) for x in wide], [scale(_capped(x), large) for x in wide]]
-    plain, shrunk, grown = powers.scopes.sums([[_power(x, powers.p) for x in way] for way in ways])
+    terms = [[_power(x, powers.p) for x in way] for way in ways]
+    found = list(map(powers.scopes.sum, terms)) if plain else powers.scopes.sums(terms)
     sums, scales = [], []
-    for middle, less, more, (high, low) in zip(
-        plain, shrunk, grown, powers.out_of_range(plain), strict=True
-    ):
+    for middle, less, more, (high, low) in zip(*found, powers.out_of_range(found[0]), strict=True):
         sums.append(jnp.where(high, less, jnp.where(low, more, middle)))
         scales.append(jnp.where(high, small, jnp.where(low, large, 1)).astype(powers.dtype))
     return sums, scales

@@ -8,7 +8,7 @@ import optax
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from optax_clip import _validate
+from optax_clip import _validate, _xla
 from optax_clip._mesh import place_like
 from optax_clip._records import Report, increment, transform
 from optax_clip._trees import Scopes
@@ -136,7 +136,7 @@ class _Guard(NamedTuple):
         before, loss = norms[0].value, _loss(value, needed=self.reads_value)
         finite = all_finite(norms) & jnp.isfinite(loss)
         params = params if self.limit.asks_for_weights else None
-        seen = Seen(scopes, norms, before, finite, params, None)
+        seen = Seen(scopes, norms, jnp.where(finite, before, jnp.nan), [finite], params, None)
         (threshold,), new_rule = self.limit.update(seen, memory["rule"])
         told = lax.stop_gradient(jnp.where(finite, loss, jnp.nan))
         highest, new_value = self.value_rule.update(told, memory["value"], None, told)
@@ -152,6 +152,7 @@ class _Guard(NamedTuple):
         self, updates: optax.Updates, memory: Any, params: Any, *, value: Any = None, **extra: Any
     ) -> tuple[Any, Any, Any]:
         scopes, xs = Scopes.of(updates, "global", self.axis_name)
+        xs = _xla.materialized(xs)
         judged = self.judge(scopes, xs, value, memory, params)
         take, old = judged.take, memory["inner_state"]
         if value is not None:

@@ -15,12 +15,11 @@ def clip_report(
     before: Array, after: Array, threshold: Array, share: Array, finite: Array, parts: Any = None
 ) -> Report:
     """The metrics of a clip."""
-    share = jnp.where(finite & (share > 0), share, 0)
     counts = (True, finite & (share > 0), ~finite)
     return Report({"norms": (before, after, threshold, share)}, {"counts": counts}, parts or {})
 
 
-class _NamedParts(NamedTuple):
+class NamedParts(NamedTuple):
     """The scopes that have names, for metrics of their own: groups by label, leaves by path."""
 
     scope: Scope
@@ -39,10 +38,10 @@ class _NamedParts(NamedTuple):
         return {name: {"scope": row} for name, *row in rows}
 
 
-def named_parts(scope: Scope, record: Record) -> _NamedParts | None:
+def named_parts(scope: Scope, record: Record) -> NamedParts | None:
     _validate.record(record, "scopes")
     if record == "scopes" and scope != "leaf" and not isinstance(scope, Groups):
         raise ValueError(
             f'Expected record="scopes" only with scope="leaf" or groups, got scope={scope!r}.'
         )
-    return _NamedParts(scope) if record and (record == "scopes" or isinstance(scope, Groups)) else None
+    return NamedParts(scope) if record and (record == "scopes" or isinstance(scope, Groups)) else None

@@ -1,21 +1,19 @@
 """Clip by norm in any scope, and normalise."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import optax
-from jax import Array, lax
 from jax.typing import ArrayLike
 
-from optax_clip import _validate, _xla
-from optax_clip._numerics import accumulator, as_dtype, scale, widen
+from optax_clip import _validate
 from optax_clip._records import Report, fraction, transform
-from optax_clip._trees import Cells, Scopes
 from optax_clip._validate import AxisName, Ord, Record, Scope
-from optax_clip.clipping._reports import clip_report, named_parts
-from optax_clip.norms import Norm, all_finite, measure, total
-from optax_clip.thresholds.engine import Limits, Seen, Threshold, ThresholdRule, lowest
+from optax_clip.clipping._acting import Clipped, Clipping
+from optax_clip.clipping._reports import NamedParts, clip_report, named_parts
+from optax_clip.norms import total
+from optax_clip.thresholds.engine import Limits, Threshold, ThresholdRule, lowest
 
 __all__ = ["clip_by_global_norm", "clip_by_norm", "clip_tree", "normalize_by_norm"]
 
@@ -66,17 +64,15 @@ def clip_tree(
         Pascanu, Mikolov, Bengio, 2013, https://arxiv.org/abs/1211.5063
     """
     limits = Limits.of(scope, max_norm=max_norm)
-    _check(scope=scope, ord=ord, nonfinite=nonfinite, axis_name=axis_name)
+    how = Clipping(limits, scope, ord, nonfinite, axis_name)
+    how.check()
     if limits.asks_for_weights or limits.remembers:
         raise TypeError(f"Expected max_norm to be a number, got max_norm={max_norm!r}.")
     if norm is not None and scope != "global":
         raise ValueError(f'Expected norm only with scope="global", got scope={scope!r}.')
-    scopes, xs = Scopes.of(tree, scope, axis_name)
-    norms = _measured_or_given(scopes, xs, ord, norm=norm)
-    finite = all_finite(norms)
-    bounds, _ = limits.update(Seen(scopes, norms, norms[0].value, finite, None, ord), None)
-    clipped = rescale(scopes, xs, norms, bounds, finite, nonfinite=nonfinite)
-    return scopes.rebuild(tree, clipped.leaves), scopes.as_tree([n.value for n in norms])
+    clipped = how.act(tree, None, None, norm=norm)
+    scopes = clipped.scopes
+    return scopes.rebuild(tree, clipped.leaves), scopes.as_tree(clipped.before)
 
 
 def clip_by_norm(
@@ -245,69 +241,6 @@ def normalize_by_norm(
     return _by_norm(limits, scope, ord, nonfinite, axis_name, name, record, normalize=True)
 
 
-class Rescaled(NamedTuple):
-    """The leaves, each scope rescaled; which scopes were, and their norms after, if all is finite."""
-
-    leaves: list[Array]
-    over: Cells
-    after: Cells
-
-
-def rescale(
-    scopes: Scopes,
-    xs: Sequence[Array],
-    norms: Sequence[Norm],
-    limits: Cells,
-    finite: Array,
-    *,
-    nonfinite: str,
-    normalize: bool = False,
-) -> Rescaled:
-    """Multiply each scope that is over its limit by limit / norm; the policy acts on all.
-
-    The factors come from behind a barrier: compilers would else form them anew for each entry.
-    """
-    plans = [_plan(*each, finite, normalize=normalize) for each in zip(norms, limits, strict=True)]
-    finite, (flags, firsts, seconds) = lax.optimization_barrier(
-        (finite, tuple(zip(*(plan.factors for plan in plans), strict=True)))
-    )
-    factors = zip(scopes.per_leaf(firsts), scopes.per_leaf(seconds), strict=True)
-    moved = [
-        scale(widen(x, first.dtype), first, second)
-        for x, (first, second) in zip(xs, factors, strict=True)
-    ]
-    if nonfinite == "zero":
-        moved = [lax.select(finite, y, jnp.zeros_like(y)) for y in moved]
-    leaves = _xla.select(list(xs), scopes.per_leaf(flags), moved)
-    return Rescaled(leaves, [plan.over for plan in plans], [plan.after for plan in plans])
-
-
-class _Plan(NamedTuple):
-    """What becomes of the scopes of a cell: whether they change, by which two factors."""
-
-    factors: tuple[Array, Array, Array]
-    over: Array
-    after: Array
-
-
-def _plan(norm: Norm, limit: Array, finite: Array, *, normalize: bool) -> _Plan:
-    limit = jnp.maximum(limit, 0)
-    over = (norm.root != 0) | jnp.isnan(limit) if normalize else norm.exceeds(limit)
-    zeroed = over | (limit == 0)  # also what the device takes for a norm of 0
-    first, second = norm.factors(jnp.where(zeroed, limit, 1))
-    second = jnp.where(finite, second, jnp.nan)
-    after = jnp.where(over, limit, norm.value)
-    return _Plan((zeroed | ~finite, first, second), over, after)
-
-
-def _measured_or_given(scopes: Scopes, xs: list[Array], ord: Ord, **named: Any) -> list[Norm]:
-    ((_, norm),) = named.items()
-    if norm is None or not scopes.is_global:
-        return measure(scopes, xs, ord)
-    _validate.measured(**named)
-    return [Norm.of(as_dtype(norm, accumulator(xs)))]
-
-
 def _by_norm(
     limits: Limits,
     scope: Scope,
@@ -319,8 +252,9 @@ def _by_norm(
     *,
     normalize: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """The transform behind every clip by norm: measure, decide, rescale, report."""
-    _check(scope=scope, ord=ord, nonfinite=nonfinite, axis_name=axis_name)
+    """The transform behind every clip by norm: act, and report."""
+    how = Clipping(limits, scope, ord, nonfinite, axis_name, normalize)
+    how.check()
     named = named_parts(scope, record)
 
     def init(params: optax.Params) -> Any:
@@ -335,25 +269,12 @@ def _by_norm(
         **extra: Any,
     ) -> tuple[optax.Updates, Any, Any]:
         del extra
-        params = params if limits.asks_for_weights else None
-        scopes, xs = Scopes.of(updates, scope, axis_name, beside=params)
-        norms = _measured_or_given(scopes, xs, ord, grad_norm=grad_norm)
-        before, finite = total(scopes, [n.value for n in norms], ord), all_finite(norms)
-        bounds, memory = limits.update(Seen(scopes, norms, before, finite, params, ord), memory)
-        clipped = rescale(scopes, xs, norms, bounds, finite, nonfinite=nonfinite, normalize=normalize)
-
-        def settled(norm: Array) -> Array:
-            return jnp.where(finite, norm, 0 if nonfinite == "zero" else jnp.nan)
+        clipped = how.act(updates, memory, params, grad_norm=grad_norm)
 
         def report() -> Report:
-            after = settled(total(scopes, clipped.after, ord))
-            parts = {}
-            if named:
-                each = [n.value for n in norms], list(map(settled, clipped.after))
-                parts = named.report(scopes, *each, bounds)
-            return clip_report(before, after, lowest(bounds), fraction(clipped.over), finite, parts)
+            return _report(clipped, how, named)
 
-        return scopes.rebuild(updates, clipped.leaves), memory, report
+        return clipped.scopes.rebuild(updates, clipped.leaves), clipped.memory, report
 
     return transform(
         name, ("norms", "counts"), init, step,
@@ -361,8 +282,12 @@ def _by_norm(
     )  # fmt: skip
 
 
-def _check(*, scope: Scope, ord: Ord, nonfinite: str, axis_name: AxisName) -> None:
-    _validate.scope(scope)
-    _validate.order(ord)
-    _validate.axis_name(axis_name=axis_name)
-    _validate.one_of(("propagate", "zero"), nonfinite=nonfinite)
+def _report(clipped: Clipped, how: Clipping, named: NamedParts | None) -> Report:
+    scopes, fine, spoilt = clipped.scopes, clipped.fine, 0 if how.nonfinite == "zero" else jnp.nan
+    after = jnp.where(clipped.finite, total(scopes, clipped.after, how.ord), spoilt)
+    share = fraction([over & f for over, f in zip(clipped.over, fine, strict=True)])
+    parts = {}
+    if named:
+        settled = [jnp.where(f, x, spoilt) for f, x in zip(fine, clipped.after, strict=True)]
+        parts = named.report(scopes, clipped.before, settled, clipped.limits)
+    return clip_report(clipped.total, after, lowest(clipped.limits), share, clipped.finite, parts)

@@ -8,7 +8,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from optax_clip import _matrices, _validate
+from optax_clip import _matrices, _validate, _xla
 from optax_clip._matrices import Method
 from optax_clip._mesh import varying_axes
 from optax_clip._records import Report, fraction, transform
@@ -86,9 +86,11 @@ def clip_singular_values(
         del params, extra
         scopes, xs = Scopes.of(updates, "global")
         _require_whole(scopes, xs)
+        xs = _xla.materialized(xs)
         norms = measure(scopes, xs, None)
         finite = all_finite(norms)
-        (limit,), memory = limits.update(Seen(scopes, norms, norms[0].value, finite, None, None), memory)
+        seen = Seen(scopes, norms, norms[0].value, [finite], None, None)
+        (limit,), memory = limits.update(seen, memory)
         capped = [
             _matrices.cap_singular_values(x, limit, method=method) if _is_matrix(x) else x for x in xs
         ]
@@ -101,7 +103,9 @@ def clip_singular_values(
             changed = [
                 jnp.any(x != y, axis=(-2, -1)) for x, y in zip(xs, new, strict=True) if _is_matrix(x)
             ]
-            return clip_report(norms[0].value, after.value, limit, fraction(changed), finite)
+            return clip_report(
+                norms[0].value, after.value, limit, jnp.where(finite, fraction(changed), 0), finite
+            )
 
         return scopes.rebuild(updates, new), memory, report
 

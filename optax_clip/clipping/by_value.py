@@ -13,8 +13,6 @@ from optax_clip._mesh import all_reduce, reduction_axes
 from optax_clip._numerics import (
     accumulator,
     as_dtype,
-    beyond,
-    outer_bounds,
     power_of_two,
     reciprocal,
     round_down,
@@ -26,8 +24,9 @@ from optax_clip._records import Report, increment, transform
 from optax_clip._settings import Initial, Setting
 from optax_clip._trees import Scopes
 from optax_clip._validate import AxisName
+from optax_clip.clipping._acting import in_batches
 from optax_clip.clipping._reports import clip_report
-from optax_clip.norms import measure
+from optax_clip.norms import global_norm, measure
 from optax_clip.thresholds.engine import ThresholdRule
 
 __all__ = ["clip_by_value"]
@@ -98,6 +97,7 @@ def clip_by_value(
     def step(updates: optax.Updates, memory: Any, params: Any, **extra: Any) -> tuple[Any, Any, Any]:
         del params, extra
         scopes, xs = Scopes.of(updates, "global", axis_name)
+        xs = _xla.written_once(xs) if record else xs
         high: Any = limit
         if scheduled:
             high, memory = _follow(high, memory)
@@ -113,7 +113,7 @@ def clip_by_value(
 
         def report() -> Any:
             threshold = _smallest(limits or _alone(lower, high), accumulator(xs))
-            return _report(_Reading(scopes, axis_name), xs, ends, threshold)
+            return _report(scopes, _Reading(axis_name), xs, ends, threshold)
 
         return scopes.rebuild(updates, clipped), memory, report
 
@@ -183,36 +183,38 @@ def _length(x: Array, low: Array, high: Array) -> Array:
     return jnp.maximum(jnp.minimum(widen(x, low.dtype), high), low)
 
 
-def _excess(x: Array, low: Array, high: Array, least: Array, most: Array) -> Array:
-    """How far outside, by modulus if complex; infinity counts as the largest number."""
-    if jnp.iscomplexobj(x):
-        return jnp.minimum(jnp.abs(x), most) - high
-    return beyond(x, low, high, least, most)
-
-
 class _Reading(NamedTuple):
-    """How the numbers of a report are summed: over which scope, each from a read of its own or not."""
+    """How the numbers of a report are summed: over which mapped axes, each leaf on its own or not."""
 
-    scopes: Scopes
     axis_name: AxisName
+    apart: bool = False
 
 
-def _statistics(
-    how: _Reading, xs: list[Array], ends: list[tuple[Array, Array]],
-    read: Any = lambda *parts: parts, indicator: Any = lambda gap, *_: gap > 0,
-) -> tuple[Array, Array, Array, Array]:  # fmt: skip
+def _statistics(how: _Reading, xs: list[Array], ends: list[tuple[Array, Array]]) -> list[Array]:
     """Norms before and after, is a NaN there, and how many entries are outside."""
-    (before,) = measure(how.scopes, xs, None)
-    lows, highs = ([each[i] for each in ends] for i in (0, 1))
-    (after,) = measure(how.scopes, xs, None, lows, highs, read=_length)
-    bounds = [outer_bounds(*each) for each in ends]
-    numbers = _xla.constants(accumulator(xs))
-    own = [read(x, *each, *numbers) for x, each in zip(lax.stop_gradient(xs), bounds, strict=True)]
-    gaps = [indicator(_excess(*each[:5]), *each[5:]) for each in own]
+    places = in_batches(xs) if how.apart else [tuple(range(len(xs)))]
+    rows = [_norms(how.axis_name, [xs[i] for i in some], [ends[i] for i in some]) for some in places]
+    before, after = (_pooled([row[i] for row in rows]) for i in (0, 1))
+    counts = [_xla.count_outside(x, *each).astype(jnp.float32) for x, each in zip(xs, ends, strict=True)]
     axes = [reduction_axes(how.axis_name, x) for x in xs]
-    counts = all_reduce([jnp.sum(x, dtype=jnp.float32) for x in gaps], axes, lax.psum)
-    outside = functools.reduce(jnp.add, counts, jnp.float32(0))
-    return before.value, after.value, jnp.isnan(before.root), outside
+    outside = functools.reduce(jnp.add, all_reduce(counts, axes, lax.psum), jnp.float32(0))
+    return [before, after, jnp.isnan(before), outside]
+
+
+def _norms(axis_name: AxisName, xs: list[Array], ends: list[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """The norms of some leaves together, as they are and clamped."""
+    scopes, xs = Scopes.of(xs, "global", axis_name)
+    lows, highs = ([each[i] for each in ends] for i in (0, 1))
+    (before,) = measure(scopes, xs, None, unwritten=True)
+    (after,) = measure(scopes, xs, None, lows, highs, read=_length, unwritten=True)
+    return before.value, after.value
+
+
+def _pooled(norms: list[Array]) -> Array:
+    """The norm of what has these norms."""
+    if len(norms) == 1:
+        return norms[0]
+    return global_norm([x.astype(jnp.result_type(*norms)) for x in norms], axis_name=())
 
 
 def _alone(lower: Any, high: Any) -> list[tuple[Any, Any]]:
@@ -230,9 +232,12 @@ def _smallest(limits: Sequence[tuple[Any, Any]], dtype: Any) -> Array:
     return functools.reduce(jnp.minimum, each, jnp.asarray(jnp.inf, dtype))
 
 
-def _report(how: _Reading, xs: list[Array], ends: list[tuple[Array, Array]], threshold: Array) -> Report:
-    plain = functools.partial(_statistics, how)
-    on_cpu = functools.partial(plain, read=_xla.apart, indicator=_xla.indicator)
-    before, after, broken, outside = _xla.by_platform(xs, ends, cpu=on_cpu, default=plain)
-    size = max(how.scopes.counts[0].item(), 1)
-    return clip_report(before, after, threshold, outside / size, ~broken)
+def _report(scopes: Scopes, how: _Reading, xs: list[Array], ends: Any, threshold: Array) -> Report:
+    before, after, broken, outside = _xla.by_platform(
+        xs,
+        ends,
+        cpu=functools.partial(_statistics, how._replace(apart=True)),
+        default=functools.partial(_statistics, how),
+    )
+    share = jnp.where(~broken & (outside > 0), outside / max(scopes.counts[0].item(), 1), 0)
+    return clip_report(before, after, threshold, share, ~broken)

@@ -33,7 +33,8 @@ class ThresholdRule(NamedTuple):
         update: ``(norms, state, param_norms, total) -> (limits, state)`` with ``limits`` shaped like
             ``norms``. ``param_norms`` are the norms of the weights in the same scopes (None if the
             update was called without params), ``total`` is the norm of the whole tree, a scalar. On a
-            non-finite step every norm is NaN. Derivatives do not flow through the norms.
+            non-finite step every norm is NaN, with ``nonfinite="local"`` that of each broken scope, and
+            ``total`` is then that of the others. Derivatives do not flow through the norms.
 
     Examples:
         A limit of twice the largest norm of the step before:
@@ -66,13 +67,16 @@ class _Given(ThresholdRule):
     """A number or a schedule: it asks for no weights, so any params will do."""
 
 
+A_RULE = "a clip by a rule, such as adaptive_grad_clip,"  # where it asks for weights
+
+
 class Seen(NamedTuple):
-    """What a rule is told of a step."""
+    """What a rule is told of a step: of what is not ``fine`` NaN."""
 
     scopes: Scopes
     norms: list[Norm]
     total: Array
-    finite: Array
+    fine: Cells
     params: Any
     ord: Ord
 
@@ -101,6 +105,11 @@ class Limits(NamedTuple):
     @property
     def remembers(self) -> bool:
         return any(map(_remembers, self.rules))
+
+    @property
+    def act_alone(self) -> bool:
+        """Does the limit of a scope depend on no other scope, nor on steps before?"""
+        return not any(_remembers(rule) and not isinstance(rule, _Given) for rule in self.rules)
 
     @property
     def asks_for_weights(self) -> bool:
@@ -189,11 +198,11 @@ def _remembers(rule: ThresholdRule) -> bool:
 
 
 def _told(seen: Seen, states: Any) -> tuple[Cells, Array]:
-    """The norms as a rule sees them: NaN on a non-finite step, in the dtype of its memory."""
+    """The norms as a rule sees them: NaN where it is not finite, in the dtype of its memory."""
     kinds = [x.dtype for x in jax.tree.leaves(states) if jnp.issubdtype(x.dtype, jnp.floating)]
-    values = [*(n.value for n in seen.norms), seen.total]
+    values = [jnp.where(f, n.value, jnp.nan) for f, n in zip(seen.fine, seen.norms, strict=True)]
     dtype = kinds[0] if kinds else values[0].dtype
-    *norms, total = (lax.stop_gradient(jnp.where(seen.finite, v, jnp.nan).astype(dtype)) for v in values)
+    *norms, total = (lax.stop_gradient(v.astype(dtype)) for v in (*values, seen.total))
     return norms, total
 
 
@@ -202,7 +211,7 @@ def _param_norms(seen: Seen, norms: Cells) -> Cells | None:
         return None
     weights = measure(
         seen.scopes,
-        seen.scopes.leaves_of(seen.params, of="a clip by a rule, such as adaptive_grad_clip,"),
+        seen.scopes.leaves_of(seen.params, of=A_RULE),
         seen.ord,
     )
     return [lax.stop_gradient(w.value.astype(n.dtype)) for w, n in zip(weights, norms, strict=True)]
