@@ -3,18 +3,20 @@
 
 PYTHON = python3
 VENV = .venv
-PYTEST_ARGS = -n 2
+PYTEST_ARGS = -n 2 --dist loadgroup --durations 10
 CHECKED = tests/test_readme.py tests/test_public.py tests/test_imports.py tests/test_norms.py tests/test_rules.py
 ACCELERATORS = $(VENV)-accelerators
 
 BIN = $(VENV)/bin
+# What a formula means does not depend on how well XLA compiles it, which takes a third of the time.
+QUICKLY = XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS"
 NBMAKE = $(BIN)/python -m pytest -W default --nbmake
 PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo sweep check test test-clients bench accelerators test-accelerators notebooks notebooks-full
+.PHONY: help demo sweep check test test-full mutants test-clients bench accelerators test-accelerators notebooks notebooks-full
 .PHONY: docs dist doctest lint types format dev clean
 
 help:  ## list the targets
@@ -27,10 +29,18 @@ sweep: $(VENV)/.demo  ## train three small models under many thresholds and rule
 	$(BIN)/python -m benchmarks.sweep
 
 check: $(VENV)/.test  ## see that it works: the README's examples and the quick tests
-	$(BIN)/python -m pytest -n 2 -q $(CHECKED) -k 'README: or not test_code_runs'
+	$(QUICKLY) $(BIN)/python -m pytest -n 2 -q -m 'not full' $(CHECKED) -k 'README: or not test_code_runs'
 
-test: $(VENV)/.test  ## run all tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(VENV)/.test  ## run the tests of what everything means, in minutes
+	$(QUICKLY) $(BIN)/python -m pytest $(PYTEST_ARGS) -m 'not full' tests/mesh
+	$(QUICKLY) $(BIN)/python -m pytest $(PYTEST_ARGS) -m 'not full'
+
+test-full: $(VENV)/.test  ## run the rest: what XLA makes of every transform, millions of entries, both meshes
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m full tests/mesh
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m full
+
+mutants: $(VENV)/.test  ## break the package in one line at a time, and see which test falls
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 test-clients:  ## run the tests with libraries that take a transform, in .venv-clients
 	@$(MAKE) --no-print-directory VENV=$(VENV)-clients $(VENV)-clients/.clients

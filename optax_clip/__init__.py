@@ -15,6 +15,8 @@ from optax_clip.clipping import clip_singular_values as clip_singular_values
 from optax_clip.clipping import clip_tree as clip_tree
 from optax_clip.clipping import normalize_by_norm as normalize_by_norm
 from optax_clip.clipping import record_norms as record_norms
+from optax_clip.mapping import constrained as constrained
+from optax_clip.mapping import gradient_mapping as gradient_mapping
 from optax_clip.masks import mask_outward as mask_outward
 from optax_clip.masks import where as where
 from optax_clip.norms import global_norm as global_norm
@@ -61,8 +63,10 @@ __all__ = [
     "clip_by_value",
     "clip_singular_values",
     "clip_tree",
+    "constrained",
     "ema_ratio",
     "global_norm",
+    "gradient_mapping",
     "groups",
     "init_box",
     "initial",

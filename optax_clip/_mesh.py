@@ -60,6 +60,24 @@ def all_devices_agree(flag: Array) -> Array:
     return broken == 0
 
 
+def inside_shard_map() -> bool:
+    """Is an array here the part of one device?"""
+    return AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+
+
+def spans_devices(leaves: Sequence[Any]) -> bool:
+    """Where a leaf may be in parts on several devices, norms are not joined: that would move them.
+
+    The mesh in force tells, or that of a leaf's type, wherever the program is compiled. Beside Explicit
+    and manual axes unlike types cannot be joined, even those of a single device.
+    """
+    types = [jax.typeof(x).sharding.mesh for x in leaves if isinstance(x, Array)]
+    meshes = [mesh for mesh in [jax.sharding.get_abstract_mesh(), *types] if not mesh.empty]
+    if not meshes:
+        return jax.device_count() > 1
+    return any(mesh.size > 1 or set(mesh.axis_types) != {AxisType.Auto} for mesh in meshes)
+
+
 def is_explicit(x: Any) -> bool:
     """Is ``x`` on a mesh whose axes are part of its type?"""
     sharding = jax.typeof(x).sharding
@@ -82,6 +100,22 @@ def everywhere(x: Array) -> Array:
         return x if AxisType.Manual in mesh.axis_types else replicated(x)
     whole: Array = lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
     return whole
+
+
+def placed_like(x: Array, other: Array) -> Array:
+    """``x`` where another array of its shape is, on an explicit mesh."""
+    ours, theirs = (jax.typeof(each).sharding for each in (x, other))
+    return x if ours == theirs or not is_explicit(other) else jax.sharding.reshard(x, theirs)
+
+
+def together(x: Array, y: Array) -> tuple[Array, Array]:
+    """Both where JAX adds them up: on an explicit mesh a whole array goes to where the other is."""
+    ours, theirs = (jax.typeof(each).sharding for each in (x, y))
+    if ours == theirs or not (is_explicit(x) and is_explicit(y)):
+        return x, y
+    kinds = [jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=each) for each in (ours, theirs)]
+    sharding = jax.eval_shape(lax.add, *kinds).sharding
+    return jax.sharding.reshard(x, sharding), jax.sharding.reshard(y, sharding)
 
 
 def place_like(state: T, params: Any) -> T:

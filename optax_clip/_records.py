@@ -1,6 +1,7 @@
 """What a transform writes into its state for `metrics` to read; nowhere else is its layout known."""
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,8 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from optax_clip import _validate
+from optax_clip import _owners, _validate
 from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes
+from optax_clip._trees import flatten
 from optax_clip._validate import AxisName
 
 __all__ = ["RecordedState"]
@@ -62,6 +64,13 @@ class RecordedState(NamedTuple):
         """The state of the optimizer inside a wrapper, as Optax's own wrappers name it."""
         return self.memory["inner_state"]
 
+    def __getattr__(self, name: str) -> Any:
+        """What the state inside a wrapper has, such as ``gradient_step`` or ``hyperparams``."""
+        inside = self.memory.get("inner_state") if isinstance(self.memory, dict) else None
+        if inside is None or name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(inside, name)
+
 
 class Report(NamedTuple):
     """What a step has to say: numbers by field, and what happened, to be counted."""
@@ -79,6 +88,8 @@ def transform(
     *,
     record: bool = True,
     remembers: bool = True,
+    owned: bool = False,
+    scope: Any = None,
     parts: Callable[[Any], Mapping[str, str]] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """A transform from a step that reports.
@@ -92,32 +103,108 @@ def transform(
         record: whether it is.
         remembers: whether there is a memory; without memory and record the state is
             `optax.EmptyState`, and any state is accepted.
+        owned: whether the memory has a part under the name of its tree (`_owners.owned`).
+        scope: of which the labels, if there are any, belong to that name.
         parts: ``params -> {path or label: field}``, what is reported besides.
     """
     _validate.name(name=name)
     bare = not record and not remembers
+    layout = _Layout(name, fields, record, owned, scope, parts if record else None)
 
     def first(params: optax.Params) -> Any:
         if bare:
             return optax.EmptyState()
-        packed: dict[str, Any] = {field: _zeros(field) for field in fields}
-        if parts is not None:
-            named = {f"{part}/{field}": _zeros(field) for part, field in parts(params).items()}
-            # Optax asks for a state without leaves: one number then stands for all parts.
-            packed[PARTS] = _nested(named) or jnp.zeros(())
-        recorded = _nested({name: packed}) if record else {}
+        recorded = layout.zeros(params) if record else {}
         return RecordedState(place_like(recorded, params), init(params))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, Any]:
-        new, memory, report = step(updates, None if bare else state.memory, params, **extra)
         if bare:
-            return new, optax.EmptyState()
-        recorded = _written(state.recorded, name, report()) if record else state.recorded
+            return step(updates, None, params, **extra)[0], optax.EmptyState()
+        layout.require(state, updates, params)
+        new, memory, report = step(updates, state.memory, params, **extra)
+        recorded = layout.written(state.recorded, report()) if record else state.recorded
         return new, RecordedState(recorded, memory)
 
     return optax.GradientTransformationExtraArgs(first, update)
+
+
+class _Layout(NamedTuple):
+    """What `transform` was called with: what its states look like."""
+
+    name: str
+    fields: tuple[str, ...]
+    record: bool
+    owned: bool
+    scope: Any
+    parts: Callable[[Any], Mapping[str, str]] | None
+
+    def zeros(self, params: optax.Params) -> dict[str, Any]:
+        packed: dict[str, Any] = {field: _zeros(field) for field in self.fields}
+        if self.parts is not None:
+            named = {f"{part}/{field}": _zeros(field) for part, field in self.parts(params).items()}
+            packed[PARTS] = _owners.owned(_nested(named), params, self.scope)
+        return _nested({self.name: packed})
+
+    def written(self, last: dict[str, Any], report: Report) -> dict[str, Any]:
+        before = self._own(last)
+        packed: dict[str, Any] = {field: _pack(values) for field, values in report.gauges.items()}
+        for field, happened in report.happened.items():
+            packed[field] = increment(before[field], jnp.stack([jnp.asarray(x) for x in happened]))
+        if self.parts is not None:
+            named = {
+                f"{part}/{field}": _pack(values)
+                for part, fields in report.parts.items()
+                for field, values in fields.items()
+            }
+            old = _owners.opened(before[PARTS], dict)
+            packed[PARTS] = _owners.closed(before[PARTS], _updated(old, _nested(named)))
+        return place_like(_nested({self.name: packed}), last)
+
+    def _own(self, recorded: Any) -> dict[str, Any]:
+        """What is recorded under the name, {} if nothing is."""
+        for key in self.name.split("/"):
+            recorded = recorded.get(key, {}) if isinstance(recorded, dict) else {}
+        return recorded if isinstance(recorded, dict) else {}
+
+    def require(self, state: Any, updates: optax.Updates, params: Any) -> None:
+        """A state is one of this transform, and of this tree."""
+        this = f"the transform named {self.name!r}"
+        if getattr(state, "_fields", None) != RecordedState._fields:
+            raise TypeError(
+                f"Expected in update of {this} its own state, a RecordedState as init makes it, got "
+                f"{_kind(state)}. In a chain each transform has a state of its own, in their order."
+            )
+        wanted = {*self.fields, *([] if self.parts is None else [PARTS])} if self.record else set()
+        if not wanted <= set(self._own(state.recorded)):
+            raise ValueError(
+                f"Expected in update of {this} its own state, which records {sorted(wanted)} under that "
+                f"name, got a state that records {_outline(state.recorded)}."
+            )
+        found = set(_owners.keys({"recorded": state.recorded, "memory": state.memory}))
+        if not found and not self.owned:
+            return
+        owner = _owners.Owner.of(updates, self.scope, beside=params)
+        for key in found:
+            _owners.require(key, owner, of=this)
+        if self.owned and owner.paths and not set(_owners.keys({"memory": state.memory})):
+            raise ValueError(
+                f"Expected in update of {this} a state that remembers something of each of "
+                f"{len(owner.paths)} leaves, got one that remembers nothing: another threshold's or "
+                "set's, or of a tree without leaves."
+            )
+
+
+def _kind(state: Any) -> str:
+    kind = type(state).__name__
+    return f"{kind} with the entries {sorted(map(str, state))}" if isinstance(state, dict) else kind
+
+
+def _outline(recorded: Any) -> str:
+    """What is recorded, without its numbers."""
+    paths, _, _ = flatten(recorded)
+    return ", ".join(paths[:6]) or "nothing, as with record=False"
 
 
 def _zeros(field: str) -> Array:
@@ -136,21 +223,25 @@ def _nested(entries: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _written(last: dict[str, Any], name: str, report: Report) -> dict[str, Any]:
-    before = last
-    for key in name.split("/"):
-        before = before[key]
-    packed: dict[str, Any] = {field: _pack(values) for field, values in report.gauges.items()}
-    for field, happened in report.happened.items():
-        packed[field] = increment(before[field], jnp.stack([jnp.asarray(x) for x in happened]))
-    if PARTS in before:
-        named = {
-            f"{part}/{field}": _pack(values)
-            for part, fields in report.parts.items()
-            for field, values in fields.items()
-        }
-        packed[PARTS] = _updated(before[PARTS], _nested(named))
-    return place_like(_nested({name: packed}), last)
+def distinct(names: Sequence[str], field: str) -> list[str]:
+    """Names below which an entry has a place of its own: those that meet are numbered.
+
+    Keys may hold a "/", so that two leaves have one path, or one path ends inside another's entry.
+    """
+    given, found = set(names), []
+    entries: set[tuple[str, ...]] = set()
+    above: set[tuple[str, ...]] = set()
+    for name in names:
+        numbered = (f"{name}_{n}" for n in itertools.count(1) if f"{name}_{n}" not in given)
+        for each in itertools.chain([name], numbered):
+            entry = (*each.split("/"), field)
+            places = [entry[:k] for k in range(1, len(entry) + 1)]
+            if entry not in above and entries.isdisjoint(places):
+                break
+        entries.add(entry)
+        above.update(places)
+        found.append(each)
+    return found
 
 
 def _updated(old: Any, new: Any) -> Any:
@@ -174,6 +265,7 @@ def fraction(flags: Sequence[Array], axis_name: AxisName = None) -> Array:
 
 
 def increment(count: Array, happened: Any = True) -> Array:
-    """Count up, and stay at the largest int32."""
+    """Count up, and stay at the largest int32; also from a Python number that Optax's tools set."""
+    count = jnp.asarray(count, jnp.int32)
     more: Array = happened & (count < 2**31 - 1)
-    return count + more.astype(count.dtype)
+    return count + more.astype(jnp.int32)

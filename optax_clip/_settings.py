@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from optax_clip import _validate
 from optax_clip._numerics import as_dtype
-from optax_clip._trees import Cells, Scopes, as_struct, flatten
+from optax_clip._trees import Cells, Path, Scopes, as_struct, flatten, is_empty, is_none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Initial:
         return f"initial({self.kappa!r})"
 
 
-Formula = Callable[[str, Any], Any]  # (path, leaf) -> number or array
+NUMBERS = (bool, int, float, complex, np.generic, np.ndarray, Array)
+Formula = Callable[[Any, Any], Any]  # (path, leaf) -> number or array
 # A number, an array, a tree of these that is a prefix of the weights, or a formula.
 Setting = ArrayLike | Mapping[str, Any] | Sequence[Any] | Callable[[str, Any], ArrayLike]
 
@@ -46,13 +47,20 @@ def finite(**named: Any) -> Any:
     return _checked(check, **named)
 
 
+def is_formula(x: Any) -> bool:
+    """Is it a function? A module that can be called is a tree if there are numbers in it."""
+    if not callable(x) or isinstance(x, jax.tree_util.Partial):
+        return callable(x)
+    return not any(isinstance(leaf, NUMBERS) for leaf in jax.tree.leaves(x))
+
+
 def _checked(check: Callable[..., None], **named: Any) -> Any:
     """A setting whose numbers pass a check: at once, those of a formula when it is called."""
     ((name, value),) = named.items()
     if isinstance(value, Initial):
         return value
-    if not callable(value):
-        for each, x in _numbers(name, value):
+    if not is_formula(value):
+        for _, each, x in _numbers(name, value):
             check(**{each: x})
         return value
 
@@ -80,15 +88,14 @@ def ordered(**named: Any) -> Any:
     if isinstance(x, Initial) or isinstance(y, Initial):
         return x, y
     for (name, value), off in zip(named.items(), ("-jnp.inf", "jnp.inf"), strict=True):
-        for each, number in [] if callable(value) else _numbers(name, value):
+        for _, each, number in [] if is_formula(value) else _numbers(name, value):
             _validate.number(None, off, **{each: number})
-    if callable(x) or callable(y):
+    if is_formula(x) or is_formula(y):
         return _below(**named), y
-    for p, a in jax.tree_util.tree_leaves_with_path(x):
-        for q, b in jax.tree_util.tree_leaves_with_path(y):
+    for p, each, a in _numbers(low, x):
+        for q, other, b in _numbers(high, y):
             if p[: len(q)] == q[: len(p)]:
-                names = low + jax.tree_util.keystr(p), high + jax.tree_util.keystr(q)
-                _validate.ordered(**dict(zip(names, (a, b), strict=True)))
+                _validate.ordered(**{each: a, other: b})
     return x, y
 
 
@@ -96,8 +103,8 @@ def _below(**named: Any) -> Formula:
     """The first of two settings as a formula, which is compared with the second when it is called."""
     formulas = [_formula(name, value) for name, value in named.items()]
 
-    def formula(path: str, leaf: Any) -> Any:
-        names = [_called(name, path) if callable(x) else name for name, x in named.items()]
+    def formula(path: Path, leaf: Any) -> Any:
+        names = [_called(name, path) if is_formula(x) else name for name, x in named.items()]
         numbers = [each(path, leaf) for each in formulas]
         _validate.ordered(**dict(zip(names, numbers, strict=True)))
         return numbers[0]
@@ -109,10 +116,19 @@ def _called(name: str, path: str) -> str:
     return f"{name}({path!r}, leaf)"
 
 
-def _numbers(name: str, value: Any) -> list[tuple[str, Any]]:
-    """The numbers of a setting, each with its name and its path as Python writes it."""
-    leaves = jax.tree_util.tree_leaves_with_path(value, is_leaf=lambda x: x is None)
-    return [(name + jax.tree_util.keystr(path), x) for path, x in leaves] or [(name, value)]
+def _numbers(name: str, value: Any) -> list[tuple[tuple[str, ...], str, Any]]:
+    """The numbers of a setting, each with its keys, and its name and path as Python writes them.
+
+    A field of a module may be None, as it is among the weights.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(value, is_leaf=is_none)
+    rows = zip(flatten(value)[0], leaves, strict=True)
+    found = [
+        (keys.keys, name + jax.tree_util.keystr(path), x)
+        for keys, (path, x) in rows
+        if x is not None or not (path and isinstance(path[-1], jax.tree_util.GetAttrKey))
+    ]
+    return found or [((), name, value)]
 
 
 def per_leaf(
@@ -122,6 +138,8 @@ def per_leaf(
     ((name, value),) = named.items()
     formula = _formula(name, value)
     paths = [scopes.paths[i] for i in scopes.places]
+    if not is_formula(value):
+        _require_known(scopes, name, value)
     found = [formula(path, as_struct(x)) for path, x in zip(paths, xs, strict=True)]
     for path, x, shape in zip(paths, found, shapes, strict=True):
         fits(jnp.shape(x), shape, path, name)
@@ -130,17 +148,33 @@ def per_leaf(
 
 def _formula(name: str, value: Any) -> Formula:
     """A setting as a formula."""
-    prefixes, numbers, _ = flatten(value)
-    table = dict(zip(prefixes, numbers, strict=True))
-    formula: Formula = value if callable(value) else lambda path, leaf: _above(table, path, name)
-    return formula
+    if is_formula(value):
+        formula: Formula = value
+        return formula
+    table = {keys: x for keys, _, x in _numbers(name, value)}
+    return lambda path, leaf: _above(table, path, name)
 
 
-def _above(table: dict[str, Any], path: str, name: str) -> Any:
-    """The entry of a prefix of the path."""
-    keys = path.split("/")
-    above = ["/".join(keys[:k]) for k in range(len(keys) + 1)]
-    hits = [table[p] for p in above if p in table]
+def _require_known(scopes: Scopes, name: str, value: Any) -> None:
+    """Each number of a tree stands for a leaf, or for what a mask left out."""
+    tree = scopes.treedef.unflatten([0] * scopes.treedef.num_leaves)
+    places = {path.keys for path in flatten(tree, is_empty)[0]}
+    above = {keys for place in places for keys in _prefixes(place)}
+    for keys, each, _ in _numbers(name, value):
+        if keys not in above and places.isdisjoint(_prefixes(keys)):
+            raise ValueError(
+                f"Expected {name} to be a number or a tree that is a prefix of the weights, got {each} "
+                f"without weights; the first of these are {list(scopes.paths[:3])}."
+            )
+
+
+def _prefixes(keys: tuple[str, ...]) -> list[tuple[str, ...]]:
+    return [keys[:k] for k in range(len(keys) + 1)]
+
+
+def _above(table: dict[tuple[str, ...], Any], path: Path, name: str) -> Any:
+    """The entry of a prefix of the path, key by key."""
+    hits = [table[keys] for keys in _prefixes(path.keys) if keys in table]
     if not hits:
         raise ValueError(
             f"Expected {name} to be a number or a tree that is a prefix of the weights, got a tree "
@@ -162,7 +196,7 @@ def per_scope(scopes: Scopes, xs: Sequence[Array], like: Cells, **named: Any) ->
     dtype, shared = like[0].dtype, _shared(scopes, **named)
     if shared is not None:
         rows = [_bound(x, dtype) for x in shared]
-        return rows if scopes.is_global else [jnp.stack(rows)]
+        return [jnp.broadcast_to(rows[0] if len(rows) == 1 else jnp.stack(rows), like[0].shape)]
     values = [_bound(x, dtype) for x in per_leaf(scopes, xs, scopes.shapes, **named)]
     parts = []
     for (_, where), x, shape in zip(scopes.homes, values, scopes.shapes, strict=True):
@@ -191,7 +225,7 @@ def _shared(scopes: Scopes, **named: Any) -> list[Any] | None:
         if missing:
             raise ValueError(f"Expected {name} for each label, got none for {sorted(missing)}.")
         return [value[label] for label in scopes.labels]
-    if callable(value) or not jax.tree_util.all_leaves([value]) or jnp.ndim(value):
+    if is_formula(value) or not jax.tree_util.all_leaves([value]) or jnp.ndim(value):
         is_array = isinstance(value, (Array, np.ndarray))
         got = f"{name} of shape {value.shape}" if is_array else f"{name}={value!r}"
         raise ValueError(f'Expected {name} to be one number with scope="global" or groups, got {got}.')

@@ -12,7 +12,14 @@ import numpy as np
 from jax import Array, lax
 
 from optax_clip import _validate, _xla
-from optax_clip._mesh import all_reduce, axis_size, is_explicit, reduction_axes, replicated
+from optax_clip._mesh import (
+    all_reduce,
+    axis_size,
+    is_explicit,
+    reduction_axes,
+    replicated,
+    spans_devices,
+)
 from optax_clip._validate import AxisName, Groups, Scope
 
 _ROW = 128  # entries of a row that is summed on its own
@@ -41,17 +48,43 @@ def shape_of(x: Any) -> tuple[int, ...]:
     return tuple(getattr(x, "shape", ()))
 
 
-def flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
+class Path(str):
+    """The keys on the way to a leaf, joined by "/"; a key may hold one itself, as Haiku's do."""
+
+    keys: tuple[str, ...]
+
+    @classmethod
+    def of(cls, keys: Sequence[str]) -> "Path":
+        path = cls("/".join(keys))
+        path.keys = tuple(keys)
+        return path
+
+
+def is_none(x: Any) -> bool:
+    return x is None
+
+
+def is_empty(x: Any) -> bool:
+    """Is there nothing in ``x``: None, or what a mask left in the place of a part?"""
+    return not jax.tree_util.tree_leaves(x)
+
+
+def flatten(tree: Any, is_leaf: Callable[[Any], bool] = is_none) -> tuple[list[Path], list[Any], Any]:
     """Paths, leaves and structure of a tree, with a place for each None."""
-    found, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
-    outer = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None or is_box(x))
+    found, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    outer = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: is_leaf(x) or is_box(x))
     boxes = {path for path, x in outer if is_box(x)}
     paths = []
     for path, _ in found:
         inside = [k for k in range(len(path)) if path[:k] in boxes]
         kept = [key for k, key in enumerate(path) if k not in inside]
-        paths.append(jax.tree_util.keystr(tuple(kept), simple=True, separator="/"))
+        paths.append(Path.of([jax.tree_util.keystr((key,), simple=True) for key in kept]))
     return paths, [leaf for _, leaf in found], treedef
+
+
+def _strong(x: Any) -> Any:
+    """An array whose type is its own: that of a Python number gives way, so equal leaves differ."""
+    return x if isinstance(x, jax.ShapeDtypeStruct) else lax.convert_element_type(x, jnp.result_type(x))
 
 
 def as_struct(leaf: Any) -> Any:
@@ -89,8 +122,7 @@ class Scopes(NamedTuple):
     """How a tree is cut into scopes. Static; the inexact leaves travel beside it, as a list.
 
     The norms of the scopes are kept in cells: one scalar for the whole tree, one vector for leaves or
-    groups, and for units and axes one vector too on a single device, else one array a leaf, since to
-    join them would move them.
+    groups, and for units and axes one vector too on a single device, else one array a leaf.
 
     Args:
         treedef: the structure, with a place for each None.
@@ -104,10 +136,11 @@ class Scopes(NamedTuple):
         labels: of the groups.
         rows: of the vector that a rule remembers, the rows that are measured; None if all are.
         memory: the shape of that vector.
+        spread: may a leaf be in parts on several devices?
     """
 
     treedef: Any
-    paths: tuple[str, ...]
+    paths: tuple[Path, ...]
     places: tuple[int, ...]
     axes: tuple[tuple[int, ...], ...]
     mapped: tuple[tuple[Hashable, ...], ...]
@@ -117,6 +150,7 @@ class Scopes(NamedTuple):
     labels: tuple[str, ...] | None
     rows: tuple[int, ...] | None
     memory: tuple[int, ...]
+    spread: bool
 
     @classmethod
     def of(
@@ -136,14 +170,13 @@ class Scopes(NamedTuple):
             math.prod(shape_of(leaves[i])[a] for a in axes[i]) * axis_size(names)
             for i, names in zip(places, mapped, strict=True)
         ]
-        homes, labels, rows, memory = _homes(scope, paths, shown, places, kept)
+        spread = spans_devices([*leaves, *others])
+        homes, labels, rows, memory = _homes(scope, paths, shown, places, kept, spread=spread)
         scopes = cls(
             treedef, tuple(paths), places, tuple(axes[i] for i in places), tuple(mapped),
-            tuple(kept[i] for i in places), tuple(sizes), homes, labels, rows, memory,
+            tuple(kept[i] for i in places), tuple(sizes), homes, labels, rows, memory, spread,
         )  # fmt: skip
-        xs: list[Any] = [leaves[i] for i in places]
-        arrays: list[Any] = [x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x) for x in xs]
-        return scopes, arrays
+        return scopes, [_strong(leaves[i]) for i in places]
 
     def leaves_of(self, tree: Any, *, of: str) -> list[Array]:
         """The leaves of another tree at the same places: the weights that gradients belong to."""
@@ -155,7 +188,7 @@ class Scopes(NamedTuple):
                     f"Expected float params in update of {of} beside the update of leaf "
                     f"{self.paths[i]!r}, got {got}."
                 )
-        return [jnp.asarray(leaves[i]) for i in self.places]
+        return [_strong(leaves[i]) for i in self.places]
 
     def rebuild(self, tree: Any, new: Sequence[Any]) -> Any:
         """The tree with its inexact leaves replaced, all others as they are."""
@@ -183,6 +216,11 @@ class Scopes(NamedTuple):
     @property
     def is_global(self) -> bool:
         return self.memory == ()
+
+    @property
+    def is_joint(self) -> bool:
+        """May a norm be shared by leaves?"""
+        return self.is_global or self.labels is not None
 
     def per_leaf(self, cells: Cells) -> list[Array]:
         """For each leaf the value of its scope: a scalar, or an array with reduced axes kept."""
@@ -227,7 +265,7 @@ class Scopes(NamedTuple):
 
     def sum(self, terms: Sequence[Array]) -> Cells:
         """Sum one term an entry over each scope."""
-        scopes, terms = _joined(self, terms)
+        scopes, (terms,) = _joined(self, [terms])
         return scopes._reduce(terms, jnp.sum, lax.psum, operator.add)
 
     def sums(self, ways: Sequence[Sequence[Array]]) -> list[Cells]:
@@ -236,14 +274,14 @@ class Scopes(NamedTuple):
         On one device the rows of large leaves are summed first: what is left of all ways then takes one
         kernel a leaf, not one each.
         """
-        if jax.device_count() > 1:
+        if self.spread:
             return [self.sum(terms) for terms in ways]
         if any(isinstance(where, tuple) for _, where in self.homes):
             pairs = zip(self.axes, zip(*ways, strict=True), strict=True)
             summed = [_xla.sums_of_columns(axes, terms) for axes, terms in pairs]
             return [self.sum(terms) for terms in zip(*summed, strict=True)]
-        scopes, first = _joined(self, ways[0])
-        columns = zip(first, *(_joined(self, terms)[1] for terms in ways[1:]), strict=True)
+        scopes, joined = _joined(self, ways)
+        columns = zip(*joined, strict=True)
         pieces = [jnp.stack([_rows_summed(t) for t in column]) for column in columns]
         parts = [jnp.sum(x, axis=tuple(range(1, x.ndim))) for x in pieces]
         values = all_reduce(parts, scopes.mapped, lax.psum)
@@ -299,24 +337,26 @@ class Scopes(NamedTuple):
         return [_beside(piece, x) for piece, x in zip(pieces, like, strict=True)]
 
 
-def _joined(scopes: Scopes, terms: Sequence[Array]) -> tuple[Scopes, list[Array]]:
+def _joined(scopes: Scopes, ways: Sequence[Sequence[Array]]) -> tuple[Scopes, Sequence[Sequence[Array]]]:
     """Small terms of one type and scope added up, eight at a time, before they are summed.
 
-    A compiler takes longer for a sum than for all else that is done with a small leaf. On several
-    devices leaves of one type may be split differently, and to add them would move them.
+    XLA takes longer for a sum than for all else that is done with a small leaf. On several devices
+    leaves of one type may be split differently, and to add them would move them. Several sums are
+    joined by one plan, that of the first.
     """
-    if jax.device_count() > 1:
-        return scopes, list(terms)
+    if scopes.spread:
+        return scopes, ways
     alike: dict[Any, list[int]] = {}
-    for i, (t, *rest) in enumerate(zip(terms, scopes.homes, scopes.mapped, scopes.axes, strict=True)):
+    homes = zip(ways[0], scopes.homes, scopes.mapped, scopes.axes, strict=True)
+    for i, (t, *rest) in enumerate(homes):
         alike.setdefault((jax.typeof(t), *rest) if t.size <= _SMALL else i, []).append(i)
     eights = [same[k : k + 8] for same in alike.values() for k in range(0, len(same), 8)]
     first = [some[0] for some in eights]
-    fields = {
+    fields: dict[str, Any] = {
         name: tuple(getattr(scopes, name)[i] for i in first) for name in ("homes", "mapped", "axes")
     }
     return scopes._replace(**fields), [
-        functools.reduce(lax.add, [terms[i] for i in some]) for some in eights
+        [functools.reduce(lax.add, [terms[i] for i in some]) for some in eights] for terms in ways
     ]
 
 
@@ -325,14 +365,20 @@ def _rows_summed(x: Array) -> Array:
 
 
 def _homes(
-    scope: Scope, paths: list[str], shown: list[Any], places: tuple[int, ...], kept: dict[int, Any]
+    scope: Scope,
+    paths: Sequence[str],
+    shown: list[Any],
+    places: tuple[int, ...],
+    kept: dict[int, Any],
+    *,
+    spread: bool,
 ) -> tuple[tuple[Home, ...], tuple[str, ...] | None, tuple[int, ...] | None, tuple[int, ...]]:
     """The homes, labels, rows and memory of `Scopes`."""
     every = range(len(places))
     if isinstance(scope, Groups):
         names = {i: scope.label(paths[i], as_struct(shown[i])) for i in kept}
         _validate.labels(paths, names)
-        labels = tuple(sorted(set(names.values())))
+        labels = tuple(sorted(set(map(str, names.values()))))
         return tuple((0, labels.index(names[i])) for i in places), labels, None, (len(labels),)
     if isinstance(scope, str) and scope == "global":
         return tuple((0, None) for _ in every), None, None, ()
@@ -344,7 +390,7 @@ def _homes(
     rows = tuple(r for i in places for r in range(ends[i] - sizes[i], ends[i]))
     memory = (sum(sizes.values()),)
     homes: list[Home] = [(k, None) for k in every]
-    if jax.device_count() == 1:
+    if not spread:
         stops = np.cumsum([sizes[i] for i in places]).tolist()
         homes = [(0, (stop - sizes[i], stop, kept[i])) for i, stop in zip(places, stops, strict=True)]
     return tuple(homes), None, None if len(rows) == memory[0] else rows, memory
@@ -370,9 +416,9 @@ def _mapped(path: str, x: Any, axes: tuple[int, ...], axis_name: AxisName) -> tu
 
 def _count(pairs: list[tuple[Any, int]], length: int) -> Any:
     """The entries of each scope in a cell, from those of its homes."""
-    if pairs[0][0] is None:
+    if pairs and pairs[0][0] is None:
         return np.asarray(pairs[0][1])
-    if isinstance(pairs[0][0], tuple):
+    if not pairs or isinstance(pairs[0][0], tuple):
         return np.asarray([n for _, n in pairs])
     counts = np.zeros(length, int)
     for row, n in pairs:

@@ -100,6 +100,13 @@ def integer(minimum: int, **named: Any) -> None:
     at_least(minimum, **named)
 
 
+def positive(**named: Any) -> None:
+    """Each value is one finite real number > 0."""
+    finite(**named)
+    for name, x in named.items():
+        _require(name, x, lambda value: value > 0, f"{name} > 0")
+
+
 def ordered(**named: Any) -> None:
     """The first of two numbers, or arrays, is nowhere above the second."""
     number(None, **named)

@@ -20,7 +20,7 @@ def value_object(factory: Callable[P, T]) -> Callable[P, T]:
 
     Numbers, strings, callables and other hashable arguments are compared by ``==``, arrays by dtype,
     shape and bytes, containers and other pytrees entry by entry. A product with a traced argument, or
-    one that is neither an array nor hashable, is equal to itself alone.
+    one that is neither an array nor hashable, is equal to itself alone. Arrays of NumPy are copied.
 
     Examples:
         >>> from typing import NamedTuple
@@ -37,6 +37,8 @@ def value_object(factory: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(factory)
     def make(*args: P.args, **kwargs: P.kwargs) -> T:
+        given: Any = owned((args, kwargs))
+        args, kwargs = given
         product: Any = factory(*args, **kwargs)
         kind: Any = product._kind if isinstance(product, _Value) else type(product)
         value: Any = tuple.__new__(_value_class(kind), product)
@@ -108,8 +110,25 @@ class _Value:
         return self
 
 
+def owned(x: T) -> T:
+    """An argument as it is now: arrays of NumPy and containers may be changed in place later."""
+
+    def copied(y: Any) -> Any:
+        return y.copy() if isinstance(y, np.ndarray) else y
+
+    try:
+        copies: T = jax.tree.map(copied, x, is_leaf=_is_value)
+    except ValueError:  # keys that JAX cannot sort
+        return x
+    return copies
+
+
+def _is_value(x: Any) -> bool:
+    return isinstance(x, _Value)
+
+
 def _frozen(x: Any) -> Hashable:
-    leaves, treedef = jax.tree.flatten(x, is_leaf=lambda y: isinstance(y, _Value))
+    leaves, treedef = jax.tree.flatten(x, is_leaf=_is_value)
     return treedef, tuple(map(_frozen_leaf, leaves))
 
 

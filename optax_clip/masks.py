@@ -9,6 +9,7 @@ import optax
 from jax import Array
 
 from optax_clip import _validate
+from optax_clip._mesh import together
 from optax_clip._records import Report, fraction, transform
 from optax_clip._trees import Scopes, as_struct, flatten
 from optax_clip.sets.constraint import STATIC, Constraint
@@ -62,6 +63,7 @@ def mask_outward(
         _validate.params_given(params, of="mask_outward")
         scopes, gs = Scopes.of(updates, "leaf", axis_name=(), beside=params)
         ps = scopes.leaves_of(params, of="mask_outward")
+        gs, ps = ([pair[i] for pair in map(together, gs, ps)] for i in (0, 1))
         ends = [
             jnp.where(g == 0, p, -jnp.sign(g).astype(p.dtype) * jnp.inf)
             for g, p in zip(gs, ps, strict=True)
@@ -107,7 +109,7 @@ def where(predicate: Callable[[str, Any], bool]) -> Callable[[Any], Any]:
     if not callable(predicate):
         raise TypeError(f"Expected predicate to be callable, got predicate={predicate!r}.")
 
-    seen: list[list[str]] = []
+    seen: list[Any] = []
 
     def mask(tree: Any) -> Any:
         paths, leaves, treedef = flatten(tree)

@@ -225,7 +225,7 @@ def measure(
 class Powers(NamedTuple):
     """Sums of ``|x|^p`` for p = 1 or 2, as they are and with the entries brought into range.
 
-    Squares of float32 are in range times 2^-96 or 2^80, and those of float16 as they are.
+    Squares of float32 are in range times 2^-80 or 2^80, and those of float16 as they are.
     """
 
     scopes: Scopes
@@ -235,7 +235,7 @@ class Powers(NamedTuple):
 
     @property
     def small(self) -> float:
-        return float(2.0 ** (-3 * jnp.finfo(self.dtype).maxexp // 4))
+        return float(2.0 ** (-5 * jnp.finfo(self.dtype).maxexp // 8))
 
     @property
     def large(self) -> float:
@@ -257,6 +257,21 @@ class Powers(NamedTuple):
         pairs = zip(sums, self.scopes.counts, strict=True)
         return [(~(s <= info.max), s < _like(n, s) * floor) for s, n in pairs]
 
+    def ways(self, xs: Sequence[Array]) -> list[list[Array]]:
+        """What is summed over: the powers of the entries as they are, shrunk and grown."""
+        small, large = (jnp.asarray(k, self.dtype) for k in (self.small, self.large))
+        forms = [xs, [_shrunk(x, small) for x in xs], [_grown(x, large) for x in xs]]
+        return [[_power(x, self.p) for x in form] for form in forms]
+
+    def chosen(self, plain: Cells, shrunk: Cells, grown: Cells) -> tuple[Cells, Cells]:
+        """Of the three sums of each scope the one in range, and how its entries were scaled."""
+        sums, scales = [], []
+        rows = zip(plain, shrunk, grown, self.out_of_range(plain), strict=True)
+        for middle, less, more, (high, low) in rows:
+            sums.append(jnp.where(high, less, jnp.where(low, more, middle)))
+            scales.append(jnp.where(high, self.small, jnp.where(low, self.large, 1)).astype(self.dtype))
+        return sums, scales
+
 
 def _sums_in_range(
     powers: Powers, parts: list[tuple[Array, ...]], *, plain: bool = False
@@ -266,23 +281,27 @@ def _sums_in_range(
     if powers.never_out_of_range(parts):
         sums = powers.sum(wide)
         return sums, [jnp.ones_like(s) for s in sums]
-    small, large = (jnp.asarray(k, powers.dtype) for k in (powers.small, powers.large))
-    ways = [wide, [scale(x, small) for x in wide], [scale(_capped(x), large) for x in wide]]
-    terms = [[_power(x, powers.p) for x in way] for way in ways]
+    terms = powers.ways(wide)
     found = list(map(powers.scopes.sum, terms)) if plain else powers.scopes.sums(terms)
-    sums, scales = [], []
-    for middle, less, more, (high, low) in zip(*found, powers.out_of_range(found[0]), strict=True):
-        sums.append(jnp.where(high, less, jnp.where(low, more, middle)))
-        scales.append(jnp.where(high, small, jnp.where(low, large, 1)).astype(powers.dtype))
-    return sums, scales
+    return powers.chosen(*found)
 
 
-def _capped(x: Array) -> Array:
-    """What is large cut off: its product would overflow, with a derivative of 0 times inf."""
-    cap = 2.0 ** (-jnp.finfo(x.dtype).maxexp // 4)
-    if jnp.iscomplexobj(x):
-        return lax.complex(jnp.clip(x.real, -cap, cap), jnp.clip(x.imag, -cap, cap))
-    return jnp.clip(x, -cap, cap)
+# XLA makes (x x) (k k) of (x k) (x k), where a leaf has one entry and k is a constant; k k is 0 or inf.
+# So between each product and its square something is cut off.
+def _shrunk(x: Array, k: Array) -> Array:
+    """``|x| k``, for sums of what is large; at least a number whose square adds nothing to these."""
+    least = 2.0 ** (-9 * jnp.finfo(x.dtype).maxexp // 16)
+    return _by_part(lambda part: jnp.maximum(modulus(part * k), least), x)
+
+
+def _grown(x: Array, k: Array) -> Array:
+    """``x k``, for sums of what is small; at most a number whose square does not overflow."""
+    most = jnp.asarray(2.0 ** (3 * jnp.finfo(x.dtype).maxexp // 8), k.dtype)
+    return _by_part(lambda part: lax.clamp(-most, part * k, most), x)
+
+
+def _by_part(change: Callable[[Array], Array], x: Array) -> Array:
+    return lax.complex(change(x.real), change(x.imag)) if jnp.iscomplexobj(x) else change(x)
 
 
 def _power_norms(scopes: Scopes, xs: Sequence[Array], p: float) -> list[Norm]:

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from optax_clip import _validate, _xla
+from optax_clip import _owners, _validate, _xla
 from optax_clip._landing import add_as_apply_updates, land, land_between
-from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes
+from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes, together
 from optax_clip._numerics import accumulator, clamp, widen
 from optax_clip._records import Report, increment, transform
 from optax_clip._trees import Scopes, is_inexact
+from optax_clip._values import owned
 from optax_clip.sets.constraint import Constraint, as_constraint
 
 __all__ = ["project", "project_weights", "violation"]
@@ -147,21 +148,26 @@ def project_weights(
         [ 6.5  -4.75]
     """
     wanted = as_constraint(constraint)
+    first = wanted.init or (lambda params: ())
+    remembers = wanted.init is not None
     _validate.integer(1, every=every)
+    every = owned(every)
     _validate.record(record)
     always = not _validate.is_traced(every) and int(every) == 1
 
     def init(params: optax.Params) -> Any:
-        kept = wanted.init(params) if wanted.init else ()
-        return kept if always else {"set": kept, "turns": place_like(jnp.zeros((), jnp.int32), params)}
+        kept = _owners.owned(first(params), params) if remembers else ()
+        return kept if always else {"set": kept, "count": place_like(jnp.zeros((), jnp.int32), params)}
 
     def step(updates: optax.Updates, memory: Any, params: Any, **extra: Any) -> tuple[Any, Any, Any]:
         del extra
         _validate.params_given(params, of="project_weights")
+        updates, params = _where_they_meet(updates, params)
         # An `every` that is traced was 1 at init if no steps are counted.
-        each_step = not (isinstance(memory, dict) and "turns" in memory)
-        kept = memory if each_step else memory["set"]
-        turns = 0 if each_step else increment(memory["turns"])
+        each_step = not (isinstance(memory, dict) and "count" in memory)
+        whole = memory if each_step else memory["set"]
+        count = 0 if each_step else increment(memory["count"])
+        kept = _owners.opened(whole, lambda: first(params)) if remembers else whole
 
         def projected() -> tuple[optax.Updates, Any, Any]:
             return redirect(wanted, updates, params, kept, record=record)
@@ -169,9 +175,10 @@ def project_weights(
         def untouched() -> tuple[optax.Updates, Any, Any]:
             return updates, kept, (jnp.float32(0),) * (2 if record and not wanted.bounds else 0)
 
-        due = True if each_step else turns % jnp.maximum(jnp.int32(every), 1) == 0
+        due = True if each_step else count % jnp.maximum(jnp.int32(every), 1) == 0
         new, kept, moves = _xla.cond(due, projected, untouched)
-        memory = kept if each_step else {"set": kept, "turns": turns}
+        whole = _owners.closed(whole, kept) if remembers else kept
+        memory = whole if each_step else {"set": whole, "count": count}
 
         def report() -> Report:
             if wanted.bounds is None:
@@ -182,8 +189,8 @@ def project_weights(
         return new, memory, report
 
     fields = "share" if wanted.bounds else "moves", "turns"
-    remembers = not always or wanted.init is not None
-    return transform(name, fields, init, step, record=record, remembers=remembers)
+    stateful = not always or remembers
+    return transform(name, fields, init, step, record=record, remembers=stateful, owned=remembers)
 
 
 def at_bounds(
@@ -197,7 +204,7 @@ def at_bounds(
     ps = scopes.leaves_of(params, of="project_weights")
     bounds: Any = constraint.bounds
     ends: list[Any] = [optax.apply_updates(p, u) for p, u in zip(ps, us, strict=True)]
-    pairs = zip(ends, bounds(scopes.alone(ps), memory), strict=True)
+    pairs = zip(ends, bounds(scopes.alone(ps), memory, params), strict=True)
     counts = [_xla.count_outside(end, *_reached(end, *pair), at=True) for end, pair in pairs]
     (number,) = _over_all(constraint.axis_name, ps, counts)
     return number / _entries(constraint.axis_name, ps)
@@ -212,12 +219,21 @@ def _reached(end: Array, low: Array, high: Array) -> tuple[Array, Array]:
 Landed = tuple[list[Array], Any, Sequence[Array]]
 
 
+def _where_they_meet(updates: optax.Updates, params: optax.Params) -> tuple[Any, Any]:
+    """Both on the devices where `optax.apply_updates` adds them up."""
+    scopes, us = Scopes.of(updates, "leaf", axis_name=(), beside=params)
+    pairs = list(map(together, us, scopes.leaves_of(params, of="project_weights")))
+    us, ps = ([pair[i] for pair in pairs] for i in (0, 1))
+    return scopes.rebuild(updates, us), scopes.rebuild(params, ps)
+
+
 class _How(NamedTuple):
-    """Static: where to, of which tree, and whether to say how far."""
+    """Static: where to, of which tree, whether to say how far, and the shapes of all weights."""
 
     constraint: Constraint
     scopes: Scopes
     record: bool
+    params: Any
 
 
 def redirect(
@@ -228,7 +244,7 @@ def redirect(
     Neither is told of a set that bounds each entry.
     """
     scopes, us = Scopes.of(updates, "leaf", constraint.axis_name, beside=params)
-    how = _How(constraint, scopes, record)
+    how = _How(constraint, scopes, record, params)
     way = _into_bounds if constraint.bounds else _rescaled if constraint.factors else _moved
     new, memory, moved = way(how, scopes.leaves_of(params, of="project_weights"), us, memory)
     return scopes.rebuild(updates, new), memory, moved
@@ -237,7 +253,7 @@ def redirect(
 def _into_bounds(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Landed:
     """Entry by entry, in the pass that makes the updates."""
     bounds: Any = how.constraint.bounds
-    pairs = bounds(how.scopes.alone(ps), memory)
+    pairs = bounds(how.scopes.alone(ps), memory, how.params)
     return [_between(p, u, *pair) for p, u, pair in zip(ps, us, pairs, strict=True)], memory, ()
 
 
@@ -252,7 +268,7 @@ def _rescaled(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Lande
     """By what is measured first: updates are written once, and the norms read them for themselves."""
     factors: Any = how.constraint.factors
     us = lax.optimization_barrier(us)
-    measured = factors(how.scopes.alone(ps), memory, how.scopes.alone(us))
+    measured = factors(how.scopes.alone(ps), memory, how.params, how.scopes.alone(us))
     reached = [add_as_apply_updates(p, u) for p, u in zip(ps, us, strict=True)]
     new = _landed(how, ps, us, measured.of(reached))
     return new, memory, measured.report() if how.record else ()
@@ -264,7 +280,7 @@ def _moved(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Landed:
     reached = [add_as_apply_updates(p, u) for p, u in zip(ps, us, strict=True)]
     tree = how.scopes.alone(reached)
     move = how.constraint.move
-    params, memory = move(tree, memory) if move else (how.constraint(tree), memory)
+    params, memory = move(tree, memory, how.params) if move else (how.constraint(tree), memory)
     _, targets = Scopes.of(params, "leaf", axis_name=())
     new = _landed(how, ps, us, targets)
     return new, memory, _moves(how, ps, reached, new) if how.record else ()

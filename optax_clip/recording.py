@@ -1,15 +1,22 @@
 """Read what happened out of an optimizer state."""
 
+import functools
 import itertools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from optax_clip._records import FIELDS, PARTS, RecordedState
+from optax_clip._owners import is_key
+from optax_clip._records import COUNTERS, FIELDS, PARTS, RecordedState
+from optax_clip._trees import shape_of
+from optax_clip._validate import is_traced
 
 __all__ = ["RecordedState", "metrics"]
+
+_AT_ONCE = 64  # arrays in one program: XLA takes seconds to compile one for a thousand numbers
 
 
 def metrics(opt_state: Any) -> dict[str, jax.Array]:
@@ -46,45 +53,125 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
         clip/steps_clipped 1
         clip/steps_nonfinite 0
     """
-    if any(callable(x) for x in jax.tree.leaves(opt_state)):
+    leaves, treedef = jax.tree.flatten(opt_state)
+    found = [entries for entries in _records(treedef) if _is_record(entries, leaves)]
+    if not found and any(map(callable, leaves)):
         raise TypeError(
             f"Expected opt_state to be the state of a transform, got opt_state={opt_state!r}."
         )
-    records: dict[Any, dict[str, dict[str, jax.Array]]] = {}
-    for path, packed in jax.tree_util.tree_leaves_with_path(opt_state):
+    numbers = _unpacked({entry.leaf: leaves[entry.leaf] for entry in itertools.chain(*found)})
+    return {key: numbers[leaf][column] for key, leaf, column in _named(tuple(found))}
+
+
+class _Entry(NamedTuple):
+    """A packed array of a state: which leaf, of which transform, below which path or label, what."""
+
+    leaf: int
+    name: str
+    part: tuple[str, ...]
+    field: str
+
+
+Entries = tuple[_Entry, ...]
+
+
+def _records(treedef: Any) -> tuple[Entries, ...]:
+    """What may be records in a state of this structure, transform by transform."""
+    try:
+        return _found(treedef)
+    except TypeError:  # A container that does not hash.
+        return _found.__wrapped__(treedef)
+
+
+@functools.lru_cache(maxsize=128)
+def _found(treedef: Any) -> tuple[Entries, ...]:
+    numbered = treedef.unflatten(range(treedef.num_leaves))
+    records: dict[Any, list[_Entry | None]] = {}
+    for leaf, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(numbered)):
         keys = [str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", "")))) for k in path]
         # A field of that name; in a state that was turned into dicts, a key.
-        places = [i for i, k in enumerate(path) if str(k) == ".recorded"]
-        places += [i for i, key in enumerate(keys) if key == "recorded"]
-        if places:
-            at = places[0]
-            owner = records.setdefault(tuple(path[:at]), {})
-            for name, key, value in _unpacked(keys[at + 1 :], packed):
-                owner.setdefault(name, {})[key] = value
-    given = {name for record in records.values() for name in record}
+        places = [i for i, key in enumerate(keys[:-2]) if key == "recorded"]
+        fields = [i for i in places if str(path[i]) == ".recorded"]
+        for at in fields[:1] or places[-1:]:
+            records.setdefault(tuple(path[:at]), []).append(_entry(leaf, keys[at + 1 :]))
+    return tuple(
+        tuple(entry for entry in entries if entry) for entries in records.values() if any(entries)
+    )
+
+
+def _entry(leaf: int, keys: list[str]) -> _Entry | None:
+    keys = keys[:-1] if keys[-1:] == ["value"] else keys  # of an nnx.Variable
+    if len(keys) < 2 or keys[-1] not in FIELDS:
+        return None
+    *above, field = keys
+    cuts = [i for i, key in enumerate(above) if i and above[i - 1] == PARTS and is_key(key)]
+    name = above[: cuts[0] - 1] if cuts else above
+    return _Entry(leaf, "/".join(name), tuple(above[cuts[0] + 1 :]) if cuts else (), field)
+
+
+def _is_record(entries: Entries, leaves: list[Any]) -> bool:
+    """Are they, by their sizes and kinds? Weights may have such names, and then their moments do."""
+
+    def fits(entry: _Entry) -> bool:
+        x, kind = leaves[entry.leaf], jnp.integer if entry.field in COUNTERS else jnp.inexact
+        return shape_of(x)[-1:] == (len(FIELDS[entry.field]),) and jnp.issubdtype(x.dtype, kind)
+
+    counted = any(entry.field in COUNTERS or entry.part for entry in entries)
+    return counted and all(map(fits, entries))
+
+
+@functools.lru_cache(maxsize=128)
+def _named(records: tuple[Entries, ...]) -> list[tuple[str, int, int]]:
+    """Each metric by its name, and which column of which leaf it is."""
+    given = {entry.name for entries in records for entry in entries}
     taken: set[str] = set()
-    found: dict[str, jax.Array] = {}
-    for record in records.values():
-        for name, values in record.items():
-            numbered = (f"{name}_{n}" for n in itertools.count(1))
+    found: dict[str, tuple[int, int]] = {}
+    for entries in records:
+        for name in dict.fromkeys(entry.name for entry in entries):
+            each = _columns([entry for entry in entries if entry.name == name])
             free = next(
-                each
-                for each in itertools.chain([name], numbered)
-                if each not in (taken if each == name else taken | given)
-                and not any(f"{each}/{key}" in found for key in values)
+                new
+                for new in itertools.chain([name], (f"{name}_{n}" for n in itertools.count(1)))
+                if new not in (taken if new == name else taken | given)
+                and not any(f"{new}/{key}" in found for key in each)
             )
             taken.add(free)
-            counters_last = sorted(values, key=lambda key: key.rsplit("/", 1)[-1].startswith("steps"))
-            found |= {f"{free}/{key}": values[key] for key in counters_last}
-    return found
+            found |= {f"{free}/{key}": place for key, place in each.items()}
+    return [(key, *place) for key, place in found.items()]
 
 
-def _unpacked(keys: list[str], packed: Any) -> Iterator[tuple[str, str, jax.Array]]:
-    """The name of the transform, and the key and value of each metric, of one packed entry."""
-    keys = keys[:-1] if keys[-1:] == ["value"] else keys  # of an nnx.Variable
-    if not keys or keys[-1] not in FIELDS or jnp.ndim(packed) == 0:
-        return
-    *above, field = keys
-    at = above.index(PARTS) if PARTS in above else len(above)
-    for i, key in enumerate(FIELDS[field]):
-        yield "/".join(above[:at]), "/".join([*above[at + 1 :], key]), packed[..., i]
+def _columns(entries: Sequence[_Entry]) -> dict[str, tuple[int, int]]:
+    """What one transform records, the counters last."""
+    each = {
+        "/".join([*entry.part, key]): (entry.leaf, column)
+        for entry in entries
+        for column, key in enumerate(FIELDS[entry.field])
+    }
+    return dict(sorted(each.items(), key=lambda item: item[0].rsplit("/", 1)[-1].startswith("steps")))
+
+
+def _unpacked(packed: dict[int, Any]) -> dict[int, tuple[jax.Array, ...]]:
+    """The columns of each array, by few programs and no transfer."""
+    together: dict[Any, list[int]] = {}
+    arrays = {i: jax.device_put(x) if isinstance(x, np.ndarray) else x for i, x in packed.items()}
+    for i, x in arrays.items():
+        together.setdefault(_place(x), []).append(i)
+    columns: dict[int, tuple[jax.Array, ...]] = {}
+    for place, leaves in together.items():
+        for k in range(0, len(leaves), _AT_ONCE):
+            some = leaves[k : k + _AT_ONCE]
+            split = functools.partial(jax.eval_shape, _split) if place is None else _split
+            columns |= zip(some, split([arrays[i] for i in some]), strict=True)
+    return columns
+
+
+def _place(x: Any) -> Any:
+    """Where an array is, since a program takes those of the same devices; None for a shape alone."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return None
+    return "traced" if is_traced(x) else x.sharding
+
+
+@jax.jit
+def _split(arrays: list[jax.Array]) -> list[tuple[jax.Array, ...]]:
+    return [tuple(x[..., i] for i in range(x.shape[-1])) for x in arrays]

@@ -12,11 +12,12 @@ from jax.typing import ArrayLike
 
 from optax_clip import _settings, _validate
 from optax_clip._landing import add_as_apply_updates, land
-from optax_clip._mesh import all_reduce, reduction_axes
+from optax_clip._mesh import all_reduce, reduction_axes, together
 from optax_clip._numerics import accumulator, as_dtype, broadcast_like, round_toward_zero, scale, widen
 from optax_clip._records import Report, fraction, transform
 from optax_clip._trees import Scopes
 from optax_clip._validate import AxisName
+from optax_clip._values import owned
 
 __all__ = ["qk_clip", "rescale_weights"]
 
@@ -141,6 +142,7 @@ def qk_clip(
     """
     _validate.limit(max_logit=max_logit)
     _validate.axis_name(axis_name=axis_name)
+    max_logit = owned(max_logit)
 
     def everywhere(logits: Any) -> Any:
         leaves, treedef = jax.tree.flatten(lax.stop_gradient(logits))  # pmax has no derivative
@@ -220,6 +222,7 @@ def _by_signal(
         signal = how.seen(jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, jnp.nan), given))
         scopes, us = Scopes.of(updates, "leaf", axis_name=(), beside=params)
         ps = scopes.leaves_of(params, of=how.caller)
+        ps, us = ([pair[i] for pair in map(together, ps, us)] for i in (0, 1))
         paths = [scopes.paths[i] for i in scopes.places]
         # Behind a barrier: compilers would else form the factors anew for each entry.
         fs = lax.optimization_barrier(

@@ -13,6 +13,7 @@ from optax_clip._mesh import place_like
 from optax_clip._records import Report, increment, transform
 from optax_clip._trees import Scopes
 from optax_clip._validate import AxisName
+from optax_clip._values import owned
 from optax_clip.clipping._reports import clip_report
 from optax_clip.norms import all_finite, measure
 from optax_clip.thresholds.engine import Limits, One, Seen, ThresholdRule, as_rule
@@ -81,13 +82,13 @@ def skip_spikes(
     """
     guard = _Guard(
         _guarded(inner), Limits.of(None, rule=rule), _value_rule(value_rule), value_rule is not None,
-        max_consecutive, axis_name,
+        owned(max_consecutive), axis_name,
     )  # fmt: skip
     _validate.integer(1, max_consecutive=max_consecutive)
     _validate.axis_name(axis_name=axis_name)
     _validate.record(record)
     fields = ("norms", "guarded", *["values"] * guard.reads_value)
-    return transform(name, fields, guard.init, guard.step, record=record)
+    return transform(name, fields, guard.init, guard.step, record=record, owned=guard.limit.owned)
 
 
 class _Judged(NamedTuple):
@@ -183,8 +184,9 @@ def _value_rule(value_rule: Any) -> ThresholdRule:
     if value_rule is None or callable(value_rule) or isinstance(value_rule, ThresholdRule):
         return as_rule(value_rule=jnp.inf if value_rule is None else value_rule)
     _validate.number(value_rule=value_rule)
+    number = owned(value_rule)
     return ThresholdRule(
-        lambda _: (), lambda norms, state, *_: (jnp.asarray(value_rule, norms.dtype), state)
+        lambda _: (), lambda norms, state, *_: (jnp.asarray(number, norms.dtype), state)
     )
 
 

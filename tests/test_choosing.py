@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import recorded_norms
 from optax_clip import clip_tree, threshold_table
-from test_readme import CODE
+from pages import names
 
 NORMS = st.lists(
     st.one_of(st.floats(0, 2.0**100, width=32), st.sampled_from([np.inf, np.nan, 0.0, 1.0])), min_size=1
@@ -108,10 +108,7 @@ def test_raises(norms, limits, words):
 @pytest.fixture(scope="module")
 def recipe():
     """The names that the code of the guide leaves behind."""
-    names = {"__name__": "__main__"}
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        exec(CODE["choosing: Many thresholds at once"], names)
-    return names
+    return names("choosing: Many thresholds at once")
 
 
 def test_each_column_is_a_run_of_its_own(recipe):

@@ -18,11 +18,12 @@ SHARED = [
     "_landing",
     "_matrices",
     "_settings",
+    "_owners",
     "_records",
     "norms",
 ]
 GRADIENTS = [*SHARED, "thresholds", "clipping", "skipping", "adaptive"]
-WEIGHTS = [*SHARED, "sets", "rescaling", "projection", "masks"]
+WEIGHTS = [*SHARED, "sets", "rescaling", "projection", "mapping", "masks"]
 SIDES = {*GRADIENTS, *WEIGHTS}
 
 # room -> the rooms it may import from

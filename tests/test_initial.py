@@ -1,6 +1,5 @@
 """Sets relative to the weights at the start, and the recipes that stand on them, in float64 NumPy."""
 
-import functools
 import math
 
 import chex
@@ -24,7 +23,7 @@ from optax_clip import (
     spectral_ball,
     violation,
 )
-from test_readme import CODE
+from pages import names
 
 SCOPES = ("global", "leaf", "unit", (-2, -1))
 SETS = {
@@ -301,12 +300,8 @@ def test_lars_is_optax_s_trust_ratio(standard_promotion):
     chex.assert_trees_all_close(got, expected, rtol=1e-6)
 
 
-@functools.cache
 def page(heading):
-    names = {"__name__": "__main__"}
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        exec(CODE[f"projections: {heading}"], names)
-    return names
+    return names(f"projections: {heading}")
 
 
 def test_the_recipes_of_the_page_train_on_the_sphere():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import optax_clip
+from full import FULL
 from registry import ROWS
 
 ROOT = Path(__file__).parents[1]
@@ -96,3 +97,11 @@ print(optax_clip.__file__, optax_clip.__version__)
 def test_reference_has_every_name(name):
     pages = "".join(page.read_text("utf-8") for page in ROOT.glob("docs/api/*.md"))
     assert re.search(rf"\n.. auto(function|class):: {name}\n", pages)
+
+
+@pytest.mark.parametrize("module", FULL)
+def test_what_is_left_to_the_full_run_is_there(module):
+    folder = Path(__file__).parent
+    (path,) = (*folder.glob(f"{module}.py"), *folder.glob(f"mesh/{module}.py"))
+    found = set(re.findall(r"^def (test_\w+)", path.read_text("utf-8"), re.MULTILINE))
+    assert FULL[module].keys() <= found

@@ -1,51 +1,16 @@
-"""The README and the guides: their Python code runs, and the README names everything public.
-
-The blocks under one heading run in order and share their names, as a reader would paste them; each
-heading starts afresh. A block right after the line `<!-- skip -->` is left out.
-"""
+"""The README and the guides: their Python code runs, and the README names everything public."""
 
 import re
-from pathlib import Path
 
-import jax
 import pytest
 
 import optax_clip
-
-ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+from pages import CODE, ON_DEVICES, README, names, sections
 
 
-def sections(text: str) -> dict[str, str]:
-    """Heading -> its Python, on the lines where the README has it, so that errors point there."""
-    found: dict[str, list[str]] = {}
-    heading, fence, last = "", None, ""
-    for number, line in enumerate(text.splitlines()):
-        if fence is not None and line.strip() == "```":
-            fence = None
-        elif fence == "python":
-            code = found.setdefault(heading, [])
-            code += [""] * (number - len(code)) + [line]
-        elif fence is None and (opening := re.match(r"```(\w*)", line)):
-            fence = "" if last == "<!-- skip -->" else opening[1]
-        elif fence is None and (title := re.match(r"#+ (.+)", line)):
-            heading = title[1]
-        last = line.strip() or last
-    return {heading: "\n".join(code) for heading, code in found.items()}
-
-
-CODE = {
-    f"{page.stem}: {heading}": compile(code, str(page), "exec")
-    for page in [README, *sorted(ROOT.glob("docs/*.md"))]
-    for heading, code in sections(page.read_text("utf-8")).items()
-}
-
-
-@pytest.mark.parametrize("place", CODE)
-def test_code_runs(place, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        exec(CODE[place], {"__name__": "__main__"})
+@pytest.mark.parametrize("place", [place for place in CODE if place not in ON_DEVICES])
+def test_code_runs(place):
+    names(place)
 
 
 @pytest.mark.parametrize("name", [n for n in optax_clip.__all__ if n != "__version__"])

@@ -4,22 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from optax_clip import clip_by_global_norm, clip_tree
-from test_readme import CODE
+from pages import names
 
 LIMIT = 1.0
 
 
 def page(heading):
-    """The names that the code under a heading leaves behind."""
-    names = {"__name__": "__main__"}
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        exec(CODE[f"recipes: {heading}"], names)
-    return names
+    return names(f"recipes: {heading}")
 
 
 def gradient(x, y):
@@ -104,24 +97,3 @@ def test_each_micro_batch_is_the_clip_around_multi_steps(standard_promotion):
         grads = jax.grad(found["loss"])(found["params"], *batch)
         updates, state = tx.update(grads, state, found["params"])
     np.testing.assert_allclose(flat(updates), flat(found["grads"]) * 3 / 4, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_each_rank(kind):
-    found = page("Each rank, before the mean")
-    ranks = found["ranks"]
-    split = (np.split(found[name], ranks) for name in "xy")
-    parts = [gradient(*one) for one in zip(*split, strict=True)]
-    expected, finite = mean_of_clipped(parts)
-    assert int(found["finite"]) == finite == ranks - 1 == 7
-    np.testing.assert_allclose(flat(found["grads"]), expected, rtol=1e-5, atol=1e-6)
-
-    mesh = jax.make_mesh((ranks,), ("data",), axis_types=(kind,))
-    specs = P(), P("data"), P("data")
-    with jax.numpy_dtype_promotion("standard"):
-        step = jax.shard_map(
-            found["per_rank"], mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False
-        )
-        placed = jax.device_put((found["x"], found["y"]), NamedSharding(mesh, P("data")))
-        grads, _ = jax.jit(step)(found["params"], *placed)
-    np.testing.assert_allclose(flat(grads), expected, rtol=1e-5, atol=1e-6)

@@ -1,7 +1,6 @@
 """What docs/sharp_edges.md and docs/coming_from.md say of other people's wrappers and containers."""
 
 import collections.abc
-import functools
 import os
 import subprocess
 import sys
@@ -30,19 +29,14 @@ from optax_clip import (
     where,
     zclip,
 )
-from test_readme import CODE
+from pages import names
 
 SETS = {"ball": norm_ball(1.0), "box": box(-0.5, 0.5), "sphere": norm_sphere(1.0)}
 EPS = float(np.finfo(np.float32).eps)
 
 
-@functools.cache
 def page(heading):
-    """The names that the code under a heading of the page leaves behind."""
-    names = {"__name__": "__main__"}
-    with jax.numpy_dtype_promotion("standard"):
-        exec(CODE[f"sharp_edges: {heading}"], names)
-    return names
+    return names(f"sharp_edges: {heading}")
 
 
 # --- Schedule-free -------------------------------------------------------------------------------

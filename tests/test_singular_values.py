@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 
 from optax_clip import clip_singular_values, metrics, zscore
 
@@ -145,15 +144,3 @@ def test_arguments():
         clip_singular_values(1.0, method="svd")
     with pytest.raises(ValueError, match="nonfinite"):
         clip_singular_values(1.0, nonfinite="skip")
-
-
-def test_split_matrices_raise():
-    mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
-    tx = clip_singular_values(1.0, record=False)
-
-    def step(x):
-        return tx.update(x, tx.init(x))[0]
-
-    mapped = jax.shard_map(step, mesh=mesh, in_specs=P("rows"), out_specs=P("rows"))
-    with pytest.raises(ValueError, match="whole matrices"):
-        jax.jit(mapped)(matrices((4, 4)))

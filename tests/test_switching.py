@@ -7,14 +7,11 @@ import optax
 import pytest
 
 from optax_clip import clip_by_global_norm, clip_tree, metrics, skip_spikes, where, zscore
-from test_readme import CODE
+from pages import names
 
 
 def page(heading):
-    names = {"__name__": "__main__"}
-    with jax.numpy_dtype_promotion("standard"):
-        exec(CODE[f"switching: {heading}"], names)
-    return names
+    return names(f"switching: {heading}")
 
 
 # --- Factors -------------------------------------------------------------------------------------

@@ -61,3 +61,15 @@ def test_two_sums():
     xs = RNG.normal(size=(2, 30, 40)).astype(np.float32)
     got = _xla.two_sums(*map(jnp.asarray, xs))
     np.testing.assert_allclose(got, np.sum(xs, axis=(1, 2), dtype=np.float64), rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["cpu", "cuda", "default"])
+def test_a_platform_takes_its_own_way_in_a_program(way, monkeypatch):
+    """What the fixture stands for: `lax.platform_dependent` with the same names."""
+    monkeypatch.undo()
+    ways = {"cpu": lambda x: x + 1, "cuda": lambda x: x * 2}
+    run = jax.jit(lambda x: _xla.by_platform(x, default=lambda x: -x, **ways))
+    name = {"cpu": "cpu", "cuda": "cuda", "default": "tpu"}[way]
+    text = run.trace(jnp.ones(3)).lower(lowering_platforms=(name,)).as_text()
+    words = {"cpu": "stablehlo.add", "cuda": "stablehlo.multiply", "default": "stablehlo.negate"}
+    assert [key for key, word in words.items() if word in text] == [way]

@@ -19,9 +19,9 @@ from optax_clip._matrices.split import (
     largest_entry,
     normalized,
     over_matrix,
-    placed_like,
     tall,
 )
+from optax_clip._mesh import placed_like
 from optax_clip._numerics import accumulator, power_of_two, scale, straight_through, widen
 
 _NEAR = 2.5  # from so many times the goal one pass tells singular values near the goal to some eps
@@ -47,23 +47,24 @@ def cap_singular_values(
             the limit after rounding. Static.
     """
     dtype = accumulator([x])
-    limit = jnp.broadcast_to(jnp.maximum(limit.astype(dtype), 0), x.shape[:-2])
+    limit = jnp.maximum(limit.astype(dtype), 0)
     capped: Array = by_platform(functools.partial(_capped, landing=landing), method, x, limit)
     return capped
 
 
 def _capped(x: Array, limit: Array, *, method: Method, landing: bool) -> Array:
-    y, back = tall(widen(x, accumulator([x])))
-    split = Split.of(y)
-    y = split.by_rows(y)
+    own, back = tall(x)
+    split = Split.of(own)
+    own = split.by_rows(own)
+    y = widen(own, accumulator([x]))
+    limit = split.over_batch(limit, y)
     finite = jnp.all(jnp.isfinite(y), axis=(-2, -1))
     y = jnp.where(over_matrix(finite), y, 0)
     peak = lax.stop_gradient(largest_entry(y))
     aim = _aim(limit, peak, x.dtype) if landing else limit
     new, reaches = _cap(split, y, aim, peak, method)
     move = over_matrix(finite & ~(reaches <= limit))
-    capped = placed_like(split.by_rows(back(new)), x)
-    return jnp.where(move, capped.astype(x.dtype), x)
+    return placed_like(split.by_rows(back(jnp.where(move, new.astype(x.dtype), own))), x)
 
 
 def _aim(limit: Array, peak: Array, dtype: Any) -> Array:

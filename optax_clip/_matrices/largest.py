@@ -14,9 +14,9 @@ from optax_clip._matrices.split import (
     largest_entry,
     normalized,
     over_matrix,
-    placed_like,
     tall,
 )
+from optax_clip._mesh import placed_like
 from optax_clip._numerics import accumulator, power_of_two, round_toward_zero, scale, widen
 
 
@@ -34,8 +34,9 @@ def largest_singular_value(x: Array, *, method: Method | None = None) -> Array:
 def _largest(x: Array, *, method: Method) -> Array:
     y, _ = tall(widen(x, accumulator([x])))
     split = Split.of(y)
+    y = split.by_rows(y)
     unit = power_of_two(largest_entry(y))
-    y = split.by_rows(scale(y, over_matrix(1 / unit)))
+    y = scale(y, over_matrix(1 / unit))
     gram = split.inner(y, y)
     if method == "eigh":
         values = jnp.linalg.eigvalsh(split.put(gram), symmetrize_input=False)
@@ -56,10 +57,11 @@ def power_step(x: Array, goal: Array, vector: Array, iterations: int) -> tuple[A
 
     A matrix with an inf or NaN entry, or that maps the vector to 0, stays as it is, as does its vector.
     """
-    wide = widen(x, accumulator([x]))
-    unit = power_of_two(largest_entry(wide))
-    split = Split.of(wide)
-    y = split.by_rows(lax.stop_gradient(scale(wide, over_matrix(1 / unit))))
+    split = Split.of(x)
+    own = split.by_rows(x)
+    wide = widen(own, accumulator([x]))
+    goal, unit = split.over_batch(goal, wide), power_of_two(largest_entry(wide))
+    y = lax.stop_gradient(scale(wide, over_matrix(1 / unit)))
 
     def iterate(vector: Array) -> tuple[Array, Array]:
         left = split.product(y, vector[..., None])
@@ -73,4 +75,5 @@ def power_step(x: Array, goal: Array, vector: Array, iterations: int) -> tuple[A
     first, second = jnp.where(over, 1 / unit, 1), jnp.where(over, goal, 1) / jnp.where(over, sigma, 1)
     smaller = round_toward_zero(scale(wide, over_matrix(first), over_matrix(second)), x.dtype)
     kept = jnp.where((jnp.isfinite(sigma) & (sigma > 0))[..., None], new, start)
-    return jnp.where(over_matrix(over), smaller, x), placed_like(kept.astype(vector.dtype), vector)
+    chosen = placed_like(jnp.where(over_matrix(over), smaller, own), x)
+    return chosen, placed_like(kept.astype(vector.dtype), vector)

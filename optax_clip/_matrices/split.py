@@ -27,17 +27,22 @@ class Split(NamedTuple):
     def of(cls, x: Array) -> "Split":
         """An axis of the mesh splits the batch if it can, else the rows if it divides both sides.
 
+        What splits the batch already stays there.
+
         On an Explicit mesh that is each axis that splits the matrix, on an Auto one each axis at all, as
         the types do not tell.
         """
         mesh, spec = jax.typeof(x).sharding.mesh, jax.typeof(x).sharding.spec
         kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-        used = {name for part in spec if part for name in ((part,) if isinstance(part, str) else part)}
+        used = {name for part in spec for name in names_of(part)}
         explicit = AxisType.Explicit in kinds.values()
         left = [n for n, kind in kinds.items() if (n in used if explicit else kind == AxisType.Auto)]
+        own = [names_of(part) for part in spec[:-2]]
         batch = []
-        for size in x.shape[:-2]:
-            batch.append(dividing(mesh, left, size))
+        for at, size in enumerate(x.shape[:-2]):
+            others = {name for names in (*own[:at], *own[at + 1 :]) for name in names}
+            rest = [name for name in left if name not in own[at] and name not in others]
+            batch.append(dividing(mesh, [*own[at], *rest], size))
             left = [name for name in left if name not in batch[-1]]
         rows = dividing(mesh, left, math.gcd(*x.shape[-2:]))
         return cls(mesh, tuple(batch), rows) if rows or any(batch) or (explicit and used) else cls()
@@ -52,14 +57,21 @@ class Split(NamedTuple):
         return self.mesh is not None and AxisType.Explicit in self.mesh.axis_types
 
     def put(self, x: Array, rows: tuple[str, ...] = (), columns: tuple[str, ...] = ()) -> Array:
+        return self._placed(x, rows, columns)
+
+    def _placed(self, x: Array, *matrix: tuple[str, ...]) -> Array:
         if self.mesh is None:
             return x
         place: Any = jax.sharding.reshard if self.explicit else lax.with_sharding_constraint
-        placed: Array = place(x, self.sharding(rows, columns))
+        placed: Array = place(x, self.sharding(*matrix))
         return placed
 
     def by_rows(self, x: Array) -> Array:
         return self.put(x, self.rows)
+
+    def over_batch(self, x: Array, like: Array) -> Array:
+        """A number for each matrix, where the matrices are."""
+        return self._placed(jnp.broadcast_to(x, like.shape[:-2]))
 
     def inner(self, a: Array, b: Array) -> Array:
         """``a^H b``, a sum over rows."""
@@ -72,6 +84,11 @@ class Split(NamedTuple):
     def _sum(self, axes: str, a: Array, b: Array) -> Array:
         place: dict[str, Any] = {"out_sharding": self.sharding(self.rows, ())} if self.explicit else {}
         return self.by_rows(jnp.einsum(axes, a, b, precision=lax.Precision.HIGHEST, **place))
+
+
+def names_of(part: Any) -> tuple[str, ...]:
+    """The axes of a mesh that split a dimension, as a `PartitionSpec` has them."""
+    return () if part is None else (part,) if isinstance(part, str) else tuple(part)
 
 
 def dividing(mesh: Any, names: Sequence[str], size: int) -> tuple[str, ...]:
@@ -109,11 +126,6 @@ def largest_entry(x: Array) -> Array:
 
 def real(x: Array) -> Any:
     return jnp.finfo(x.dtype).dtype
-
-
-def placed_like(x: Array, other: Array) -> Array:
-    sharding = jax.typeof(other).sharding
-    return jax.sharding.reshard(x, sharding) if AxisType.Explicit in sharding.mesh.axis_types else x
 
 
 def column(split: Split, x: Array, lengths: Array) -> Array:

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from optax_clip import _validate
-from optax_clip._records import Report
-from optax_clip._trees import Cells, Scopes, flatten, is_inexact
+from optax_clip._records import Report, distinct
+from optax_clip._trees import Cells, Scopes
 from optax_clip._validate import Groups, Record, Scope
 
 
@@ -25,17 +25,24 @@ class NamedParts(NamedTuple):
     scope: Scope
 
     def init(self, params: Any) -> dict[str, str]:
-        if isinstance(self.scope, Groups):
-            labels = Scopes.of(params, self.scope, axis_name=())[0].labels
-            return {label: "scope" for label in labels or ()}
-        paths, leaves, _ = flatten(params)
-        return {path or "leaf": "scope" for path, x in zip(paths, leaves, strict=True) if is_inexact(x)}
+        return dict.fromkeys(
+            part_names(Scopes.of(params, self.scope, axis_name=())[0], "scope"), "scope"
+        )
 
     def report(self, scopes: Scopes, before: Cells, after: Cells, limits: Cells) -> dict[str, Any]:
-        names = scopes.labels or [scopes.paths[i] or "leaf" for i in scopes.places]
+        names = part_names(scopes, "scope")
         limit = jnp.broadcast_to(limits[0], before[0].shape)
         rows = zip(names, before[0], after[0], limit, strict=True)
         return {name: {"scope": row} for name, *row in rows}
+
+
+def part_names(scopes: Scopes, field: str) -> list[str]:
+    """The labels, or the paths of the leaves, as names of parts that record some field."""
+    if scopes.labels is not None:
+        return distinct(scopes.labels, field)
+    # Numbered among all leaves, since some may have no update now.
+    names = distinct([path or "leaf" for path in scopes.paths], field)
+    return [names[i] for i in scopes.places]
 
 
 def named_parts(scope: Scope, record: Record) -> NamedParts | None:

@@ -278,7 +278,8 @@ def _by_norm(
 
     return transform(
         name, ("norms", "counts"), init, step,
-        record=bool(record), remembers=limits.remembers, parts=named and named.init,
+        record=bool(record), remembers=limits.remembers, owned=limits.owned, scope=scope,
+        parts=named and named.init,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Clip each entry into an interval."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from optax_clip._records import Report, increment, transform
 from optax_clip._settings import Initial, Setting
 from optax_clip._trees import Scopes
 from optax_clip._validate import AxisName
+from optax_clip._values import owned
 from optax_clip.clipping._acting import in_batches
 from optax_clip.clipping._reports import clip_report
 from optax_clip.norms import global_norm, measure
@@ -81,7 +82,8 @@ def clip_by_value(
     _validate.axis_name(axis_name=axis_name)
     _validate.record(record)
     _check_kind(limit)
-    scheduled = callable(limit)
+    lower, limit = owned((lower, limit))
+    scheduled = _settings.is_formula(limit)
     if scheduled and lower is not None:
         raise TypeError(f"Expected a number as limit beside lower, got limit={limit!r}.")
     if lower is not None:
@@ -92,7 +94,7 @@ def clip_by_value(
 
     def init(params: optax.Params) -> Any:
         del params
-        return {"step": jnp.zeros((), jnp.int32)} if scheduled else ()
+        return {"count": jnp.zeros((), jnp.int32)} if scheduled else ()
 
     def step(updates: optax.Updates, memory: Any, params: Any, **extra: Any) -> tuple[Any, Any, Any]:
         del params, extra
@@ -130,10 +132,10 @@ def _check_kind(limit: Any) -> None:
 
 
 def _follow(schedule: optax.Schedule, memory: Any) -> tuple[Any, Any]:
-    limit = schedule(memory["step"])
+    limit = schedule(memory["count"])
     named: dict[str, Any] = {"limit(step)": limit}
     _validate.at_least(0, **named)
-    return limit, {"step": increment(memory["step"])}
+    return limit, {"count": increment(memory["count"])}
 
 
 def _limits(scopes: Scopes, xs: Sequence[Array], lower: Any, high: Any) -> list[tuple[Array, Array]]:
@@ -219,7 +221,8 @@ def _pooled(norms: list[Array]) -> Array:
 
 def _alone(lower: Any, high: Any) -> list[tuple[Any, Any]]:
     """The bounds where there is no leaf to tell more: of a tree none."""
-    if any(isinstance(x, (Mapping, Sequence)) or jnp.ndim(x) for x in (lower, high) if x is not None):
+    given = [x for x in (lower, high) if x is not None]
+    if any(not isinstance(x, _settings.NUMBERS) or jnp.ndim(x) for x in given):
         return []
     return [(-high if lower is None else lower, high)]
 

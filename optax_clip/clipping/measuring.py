@@ -10,6 +10,7 @@ from optax_clip import _validate
 from optax_clip._records import Report, transform
 from optax_clip._trees import Scopes
 from optax_clip._validate import AxisName, Groups, Ord, Scope
+from optax_clip.clipping._reports import part_names
 from optax_clip.norms import measure
 
 __all__ = ["record_norms"]
@@ -79,8 +80,9 @@ def record_norms(
     reading = _Reading(scope, ord, tuple(of), axis_name, field)
     fields, parts = ((field,), None) if scope == "global" else ((), reading.parts)
     return transform(
-        name, fields, lambda params: (), reading.step, record=record, remembers=False, parts=parts
-    )
+        name, fields, lambda params: (), reading.step,
+        record=record, remembers=False, scope=scope, parts=parts,
+    )  # fmt: skip
 
 
 class _Reading(NamedTuple):
@@ -93,7 +95,9 @@ class _Reading(NamedTuple):
     field: str
 
     def parts(self, params: optax.Params) -> dict[str, str]:
-        return dict.fromkeys(_names(Scopes.of(params, self.scope, axis_name=())[0]), self.field)
+        return dict.fromkeys(
+            part_names(Scopes.of(params, self.scope, axis_name=())[0], self.field), self.field
+        )
 
     def step(
         self, updates: optax.Updates, memory: Any, params: Any, **extra: Any
@@ -115,13 +119,9 @@ class _Reading(NamedTuple):
             columns.append(jnp.where(w > 0, u / jnp.where(w > 0, w, 1), 0))
         if self.scope == "global":
             return Report({self.field: [x[0] for x in columns]}, {})
-        rows = {part: {self.field: [x[i] for x in columns]} for i, part in enumerate(_names(scopes))}
+        names = part_names(scopes, self.field)
+        rows = {part: {self.field: [x[i] for x in columns]} for i, part in enumerate(names)}
         return Report({}, {}, rows)
-
-
-def _names(scopes: Scopes) -> tuple[str, ...]:
-    """The labels, or the paths of the leaves."""
-    return scopes.labels or tuple(scopes.paths[i] or "leaf" for i in scopes.places)
 
 
 def _norms(scopes: Scopes, xs: list[Array], ord: Ord) -> Array:

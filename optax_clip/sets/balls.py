@@ -32,6 +32,7 @@ from optax_clip.sets.constraint import (
     moved_by,
     no_start,
 )
+from optax_clip.sets.mappings import by_norms
 from optax_clip.sets.simplexes import l1_ball
 
 __all__ = ["norm_ball", "norm_shell", "norm_sphere"]
@@ -90,7 +91,7 @@ def norm_ball(
         return _remembering(bounds, "radius", entrywise(functools.partial(_cube, bounds), axis_name))
     if ord == 1:
         move = functools.partial(l1_ball, bounds)
-        return _norm_set(bounds, lambda params: move(params, None)[0], "", "radius", move=move)
+        return _norm_set(bounds, lambda params: move(params, None, None)[0], "", "radius", move=move)
     return _rescaled_set(bounds, "", "radius", shrinks=True)
 
 
@@ -181,9 +182,11 @@ def norm_shell(
     return _rescaled_set(bounds, "lower", "upper", shrinks=False)
 
 
-def _cube(bounds: NormBounds, params: optax.Params, memory: Any = None) -> list[Bounds]:
+def _cube(
+    bounds: NormBounds, params: optax.Params, memory: Any = None, beside: Any = None
+) -> list[Bounds]:
     """The ball of order inf bounds each entry."""
-    scopes, xs = Scopes.of(params, bounds.scope, axis_name=())
+    scopes, xs = Scopes.of(params, bounds.scope, axis_name=(), beside=beside)
     highs = bounds.highs("radius", scopes, xs, memory)
     return [inwards(x, -high, high) for x, high in zip(xs, highs, strict=True)]
 
@@ -194,10 +197,11 @@ def _rescaled_set(bounds: NormBounds, lower: str, upper: str, *, shrinks: bool |
 
     def nearest(params: optax.Params) -> optax.Params:
         scopes, xs = Scopes.of(params, "leaf", axis_name=())
-        inside: optax.Params = scopes.rebuild(params, factors(params, None).of(xs))
+        inside: optax.Params = scopes.rebuild(params, factors(params, None, None).of(xs))
         return inside
 
-    return _norm_set(bounds, nearest, lower, upper, shrinks=shrinks, factors=factors)
+    mapped = functools.partial(by_norms, bounds, lower, upper)
+    return _norm_set(bounds, nearest, lower, upper, shrinks=shrinks, factors=factors, mapped=mapped)
 
 
 def _norm_set(
@@ -214,7 +218,9 @@ def _norm_set(
         gaps = [jnp.maximum(jnp.where(v > 0, low - v, 0), v - high) for v, low, high in ends]
         return largest([jnp.maximum(gap, 0) for gap in gaps])
 
-    constraint = Constraint(nearest, excess, shrinks=shrinks, axis_name=bounds.axis_name, **how)
+    constraint = Constraint(
+        nearest, excess, shrinks=shrinks, axis_name=bounds.axis_name, scope=bounds.scope, **how
+    )
     return _remembering(bounds, upper, constraint)
 
 
@@ -254,10 +260,10 @@ def _plan(norm: Norm, n: Any, low: Array, high: Array, *, sphere: bool) -> _Plan
 
 
 def _factors(
-    bounds: NormBounds, lower: str, upper: str, params: optax.Params, memory: Any, *updates: Any
+    bounds: NormBounds, lower: str, upper: str, params: optax.Params, memory: Any, *besides: Any
 ) -> Factors:
     """Rescale each scope whose norm is outside [lower, upper]."""
-    scopes, xs, norms = bounds.cut(params, *updates)
+    scopes, xs, norms = bounds.cut(params, *besides)
     sphere = lower == upper
     lows, highs = bounds.both(lower, upper, scopes, xs, [norm.root for norm in norms], memory)
     highs = [jnp.where(bounds.free(upper, high), jnp.inf, high) for high in highs]

@@ -22,7 +22,7 @@ from optax_clip._numerics import (
     round_up,
 )
 from optax_clip._settings import Setting, aligned, precise
-from optax_clip._trees import Scopes, shape_of
+from optax_clip._trees import Path, Scopes, shape_of
 from optax_clip._validate import AxisName
 from optax_clip._values import value_object
 from optax_clip.sets.constraint import Bounds, Constraint, largest, no_start, require_real
@@ -69,8 +69,8 @@ def box(lower: Setting, upper: Setting, *, axis_name: AxisName = None) -> Constr
     lower, upper = _settings.ordered(lower=lower, upper=upper)
     _validate.axis_name(axis_name=axis_name)
 
-    def bounds(params: optax.Params, memory: Any = ()) -> list[Bounds]:
-        del memory
+    def bounds(params: optax.Params, memory: Any = (), beside: Any = None) -> list[Bounds]:
+        del memory, beside
         scopes, xs = Scopes.of(params, "leaf", axis_name)
         require_real(scopes, xs, of="box")
         shapes = [x.shape for x in xs]
@@ -165,7 +165,8 @@ def init_box(kappa: ArrayLike, *, axis_name: AxisName = None) -> Constraint:
             bounds = bounds.at[place].set(jnp.where(bound == 0, spare, bound))
         return place_like(bounds, params)
 
-    def bounds(params: optax.Params, memory: Array) -> list[Bounds]:
+    def bounds(params: optax.Params, memory: Array, beside: Any = None) -> list[Bounds]:
+        del beside
         scopes, xs = Scopes.of(params, "leaf", axis_name)
         require_real(scopes, xs, of="box")
         highs = [jnp.where(memory[i] == 0, jnp.inf, memory[i]) for i in scopes.places]
@@ -232,5 +233,5 @@ def _largest(x: Any) -> Array:
     return peak
 
 
-def _parent(path: str) -> str:
-    return path.rpartition("/")[0]
+def _parent(path: Path) -> tuple[str, ...]:
+    return path.keys[:-1]

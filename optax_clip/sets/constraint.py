@@ -17,7 +17,8 @@ from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes, 
 from optax_clip._numerics import accumulator, widen
 from optax_clip._settings import Initial, Setting
 from optax_clip._trees import Cells, Scopes
-from optax_clip._validate import AxisName, Ord, Scope
+from optax_clip._validate import AxisName, Groups, Ord, Scope
+from optax_clip._values import owned
 from optax_clip.norms import Norm, measure, total
 
 __all__ = ["Constraint", "initial"]
@@ -49,6 +50,20 @@ class Factors(NamedTuple):
 Bounds = tuple[Array, Array]  # the lower and the upper one of a leaf
 
 
+class Mapped(NamedTuple):
+    """What a set leaves of a gradient.
+
+    Args:
+        grads: of each inexact leaf, in its own dtype.
+        memory: what the set keeps.
+        share: gives the share of entries that were changed.
+    """
+
+    grads: list[Array]
+    memory: Any
+    share: Callable[[], Array]
+
+
 class Constraint(NamedTuple):
     """A closed set of weights: how to get into it, how far a point is outside, and how to land.
 
@@ -62,14 +77,21 @@ class Constraint(NamedTuple):
         shrinks: on which side of its target an update ends up that misses it by a rounding. True: nearer
             to 0, for sets that stay sets when entries shrink. False: further inside. None: on either,
             for sets without an inside, like a sphere.
-        move: ``(params, memory) -> (params, memory)``, the projection of a set that remembers.
+        move: ``(params, memory, beside) -> (params, memory)``, the projection of a set that remembers.
+            ``beside`` are all weights, as ``init`` saw them; those without an update are None in
+            ``params``.
         init: ``params -> memory``, what `project_weights` keeps for a set that remembers.
-        bounds: ``(params, memory) -> [(lower, upper), ...]`` for a set that bounds each entry: those of
-            each float leaf, arrays that broadcast to it and numbers of its dtype. They may depend on
-            the shapes of the weights. A complex leaf has bounds on its modulus, in the dtype of a part.
-        factors: ``(params, memory, *updates) -> Factors`` for a set that rescales: by what the weights
-            are multiplied, or their sums with some updates, which then need not be written.
+        bounds: ``(params, memory, beside) -> [(lower, upper), ...]`` for a set that bounds each entry:
+            those of each float leaf, arrays that broadcast to it and numbers of its dtype. They may
+            depend on the shapes of the weights. A complex leaf has bounds on its modulus, in the dtype
+            of a part.
+        factors: ``(params, memory, beside, *updates) -> Factors`` for a set that rescales: by what the
+            weights are multiplied, or their sums with some updates, which then need not be written.
         axis_name: mapped axes that the metrics are summed over, as in `global_norm`.
+        scope: which entries the set couples; `gradient_mapping` looks ahead in each scope by a step of
+            its own.
+        mapped: ``(params, grads, memory, beside, reach) -> Mapped``, the gradient mapping, for a set
+            that knows better than by the difference of two points.
 
     Examples:
         Weights on multiples of 1/8:
@@ -87,11 +109,13 @@ class Constraint(NamedTuple):
     nearest: Callable[[optax.Params], optax.Params]
     excess: Callable[[optax.Params], Array]
     shrinks: bool | None = False
-    move: Callable[[optax.Params, Any], tuple[optax.Params, Any]] | None = None
+    move: Callable[[optax.Params, Any, Any], tuple[optax.Params, Any]] | None = None
     init: Callable[[optax.Params], Any] | None = None
-    bounds: Callable[[optax.Params, Any], list[Bounds]] | None = None
+    bounds: Callable[[optax.Params, Any, Any], list[Bounds]] | None = None
     factors: Callable[..., Factors] | None = None
     axis_name: AxisName = None
+    scope: Scope = "global"
+    mapped: Callable[[optax.Params, optax.Updates, Any, optax.Params, Array], Mapped] | None = None
 
     def __call__(self, params: optax.Params) -> optax.Params:
         """The projection, so that a set is itself a callable ``params -> params``."""
@@ -135,7 +159,7 @@ def initial(kappa: ArrayLike = 1.0) -> Initial:
     """
     _validate.at_least(0, kappa=kappa)
     _validate.finite(kappa=kappa)
-    return Initial(kappa)
+    return Initial(owned(kappa))
 
 
 class NormBounds(NamedTuple):
@@ -151,8 +175,12 @@ class NormBounds(NamedTuple):
         return any(isinstance(value, Initial) for value in self.settings.values())
 
     def init(self, params: optax.Params) -> dict[str, Array]:
-        """The norms at the start, one vector for each bound that is relative to them."""
-        scopes, xs = Scopes.of(params, self.scope, axis_name=())
+        """The norms at the start, one vector for each bound that is relative to them.
+
+        Where leaves share a norm it is kept leaf by leaf, as not all of them may have an update.
+        """
+        shared = self.scope == "global" or isinstance(self.scope, Groups)
+        scopes, xs = Scopes.of(params, "leaf" if shared else self.scope, axis_name=())
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in xs):
             norms = jnp.full(scopes.memory, jnp.nan, jnp.float32)
         else:
@@ -171,10 +199,10 @@ class NormBounds(NamedTuple):
         return scopes.per_leaf([jnp.where(high == 0, jnp.inf, high) for high in highs])
 
     def cut(
-        self, params: optax.Params, *updates: optax.Updates
+        self, params: optax.Params, beside: Any = None, *updates: optax.Updates
     ) -> tuple[Scopes, list[Array], list[Norm]]:
         """The norms of the weights, or of where updates take them."""
-        scopes, xs = Scopes.of(params, self.scope, self.axis_name)
+        scopes, xs = Scopes.of(params, self.scope, self.axis_name, beside=beside)
         others = [scopes.leaves_of(tree, of="project_weights") for tree in updates]
         read = add_as_apply_updates if updates else lambda x: x
         return scopes, xs, measure(scopes, xs, self.ord, *others, read=read)
@@ -184,7 +212,8 @@ class NormBounds(NamedTuple):
         value: Any = self.settings[name]
         if not isinstance(value, Initial):
             return _settings.per_scope(scopes, xs, like, **{name: value})
-        norms = [x.astype(y.dtype) for x, y in zip(scopes.split(memory[name], like), like, strict=True)]
+        norms = _at_start(scopes, memory[name], like, self.ord)
+        norms = [x.astype(y.dtype) for x, y in zip(norms, like, strict=True)]
         return [jnp.maximum(jnp.asarray(value.kappa, x.dtype), 0) * x for x in norms]
 
     def both(
@@ -197,6 +226,15 @@ class NormBounds(NamedTuple):
     def free(self, name: str, bound: Array) -> Array:
         """Is a scope left free, since it was 0 at the start?"""
         return (bound == 0) & isinstance(self.settings[name], Initial)
+
+
+def _at_start(scopes: Scopes, memory: Array, like: Cells, ord: Ord) -> Cells:
+    """The norms at the start of what is there now."""
+    if not scopes.is_global and scopes.labels is None:
+        return scopes.split(memory, like)
+    leaves = [memory[i] for i in scopes.places]
+    whole = scopes._replace(axes=((),) * len(leaves), mapped=((),) * len(leaves))
+    return [norm.value for norm in measure(whole, leaves, ord)]
 
 
 def no_start(name: str, value: Any) -> Callable[[optax.Params], Any]:

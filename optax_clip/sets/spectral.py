@@ -113,6 +113,8 @@ def spectral_ball(
         shrinks=power_iterations is not None,
         move=ball.move,
         init=ball.init if remembers else None,
+        axis_name=axis_name,
+        scope="leaf",
     )
 
 
@@ -163,12 +165,15 @@ class _Ball(NamedTuple):
     def nearest(self, params: optax.Params) -> optax.Params:
         """From `project`, which remembers no vector, 30 power iterations more."""
         if self.power_iterations is None:
-            inside, _ = self.move(params, None)
+            inside, _ = self.move(params, None, None)
         else:
-            inside, _ = self.move(params, self.init(params), more=30)
+            inside, _ = self.move(params, self.init(params), None, more=30)
         return inside
 
-    def move(self, params: optax.Params, memory: Any, more: int = 0) -> tuple[optax.Params, Any]:
+    def move(
+        self, params: optax.Params, memory: Any, beside: Any, more: int = 0
+    ) -> tuple[optax.Params, Any]:
+        del beside
         relative = isinstance(self.radius, Initial)
         scopes, leaves, found = self.matrices(params, memory)
         vectors = list(memory["vectors"] if relative and self.power_iterations else memory or ())

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from optax_clip import _validate
-from optax_clip._mesh import all_reduce, place_like, varying_axes
+from optax_clip import _owners, _validate
+from optax_clip._mesh import all_reduce, place_like, placed_like, varying_axes
 from optax_clip._numerics import accumulator, as_dtype
 from optax_clip._records import increment
-from optax_clip._trees import Cells, Scopes
+from optax_clip._trees import Cells, Scopes, flatten
 from optax_clip._validate import Groups, Ord
+from optax_clip._values import owned
 from optax_clip.norms import Norm, measure
 
 __all__ = ["ThresholdRule"]
@@ -107,9 +108,14 @@ class Limits(NamedTuple):
         return any(map(_remembers, self.rules))
 
     @property
+    def owned(self) -> bool:
+        """Is there a memory of norms, which are those of one tree? A schedule counts steps alone."""
+        return any(_remembers(rule) and not isinstance(rule, _Given) for rule in self.rules)
+
+    @property
     def act_alone(self) -> bool:
         """Does the limit of a scope depend on no other scope, nor on steps before?"""
-        return not any(_remembers(rule) and not isinstance(rule, _Given) for rule in self.rules)
+        return not self.owned
 
     @property
     def asks_for_weights(self) -> bool:
@@ -119,17 +125,35 @@ class Limits(NamedTuple):
         """The memory: one vector over all scopes, one number a label, on the devices of the weights."""
         scopes, xs = Scopes.of(params, scope, axis_name=())
         self._require_each(scopes.labels)
-        norms = jnp.zeros(scopes.memory if self.labels is None else (), accumulator(xs))
-        return place_like([rule.init(norms) for rule in self.rules if _remembers(rule)], params)
+        states = place_like(self._first(scopes, accumulator(xs)), params)
+        return _owners.owned(states, params, scope) if self.owned else states
+
+    def _first(self, scopes: Scopes, dtype: Any) -> list[Any]:
+        norms = jnp.zeros(scopes.memory if self.labels is None else (), dtype)
+        return [rule.init(norms) for rule in self.rules if _remembers(rule)]
 
     def update(self, seen: Seen, memory: Any) -> tuple[Cells, Any]:
         """A limit for each scope, cell by cell, and the next memory."""
         ask = self._one_for_all if self.labels is None else self._one_a_label
-        states = iter(memory or ())
+        new = functools.partial(self._first, seen.scopes, seen.norms[0].root.dtype)
+        old = _owners.opened(memory, new) if self.owned else memory or []
+        states = iter(self._own(old))
         full = [next(states) if _remembers(rule) else () for rule in self.rules]
-        limits, new = ask(seen, full)
-        kept = [state for state, rule in zip(new, self.rules, strict=True) if _remembers(rule)]
-        return limits, _in_dtypes_of(memory, kept) if memory else kept
+        limits, full = ask(seen, full)
+        kept = [state for state, rule in zip(full, self.rules, strict=True) if _remembers(rule)]
+        kept = _in_dtypes_of(old, kept)
+        return limits, _owners.closed(memory, kept) if self.owned else kept
+
+    def _own(self, states: Any) -> Any:
+        """States that are those of these rules."""
+        wanted = [_shapes(rule) for rule in self.rules if _remembers(rule)]
+        structures: list[Any] = [jax.tree.structure(x) for x in (wanted, states)]
+        if structures[0] != structures[1]:
+            raise ValueError(
+                f"Expected in update the memory of {self.name}, with the entries {_entries(wanted)}, "
+                f"got that of another threshold, with {_entries(states)}."
+            )
+        return states
 
     def _one_for_all(self, seen: Seen, states: list[Any]) -> tuple[Cells, list[Any]]:
         (rule,), (state,) = self.rules, states
@@ -138,11 +162,11 @@ class Limits(NamedTuple):
         if not _remembers(rule):
             beside: Sequence[Array | None] = params or [None] * len(norms)
             asked = [rule.update(n, state, p, total)[0] for n, p in zip(norms, beside, strict=True)]
-            return _in_dtypes_of([n.root for n in seen.norms], asked), states
+            return _like_norms(seen, asked), states
         joined = seen.scopes.join(norms)
         _same_scopes(seen, state, joined)
         limits, state = rule.update(joined, state, seen.scopes.join(params) if params else None, total)
-        return _in_dtypes_of([n.root for n in seen.norms], seen.scopes.split(limits, norms)), [state]
+        return _like_norms(seen, seen.scopes.split(limits, norms)), [state]
 
     def _one_a_label(self, seen: Seen, states: list[Any]) -> tuple[Cells, list[Any]]:
         self._require_each(seen.scopes.labels)
@@ -180,13 +204,14 @@ def as_rule(**named: Any) -> ThresholdRule:
     if callable(threshold):
 
         def follow(norms: Array, state: Any, *_: Any) -> tuple[Array, Any]:
-            limit = threshold(state["step"])
+            limit = threshold(state["count"])
             _validate.at_least(0, **{f"{name}(step)": limit})
-            return jnp.full_like(norms, _limit(norms, limit)), {"step": increment(state["step"])}
+            return jnp.full_like(norms, _limit(norms, limit)), {"count": increment(state["count"])}
 
-        return _Given(lambda norms: {"step": jnp.zeros((), jnp.int32)}, follow)
+        return _Given(lambda norms: {"count": jnp.zeros((), jnp.int32)}, follow)
     _validate.at_least(0, **named)
-    return _Given(lambda norms: (), lambda norms, state, *_: (_limit(norms, threshold), state))
+    number = owned(threshold)
+    return _Given(lambda norms: (), lambda norms, state, *_: (_limit(norms, number), state))
 
 
 def _limit(norms: Array, limit: ArrayLike) -> Array:
@@ -194,7 +219,17 @@ def _limit(norms: Array, limit: ArrayLike) -> Array:
 
 
 def _remembers(rule: ThresholdRule) -> bool:
-    return bool(jax.tree.leaves(jax.eval_shape(rule.init, jnp.zeros(()))))
+    return bool(jax.tree.leaves(_shapes(rule)))
+
+
+def _shapes(rule: ThresholdRule) -> Any:
+    # A shape, not an array: what is made before the devices are chosen may not choose them.
+    return jax.eval_shape(rule.init, jax.ShapeDtypeStruct((), jnp.float32))
+
+
+def _entries(states: Any) -> str:
+    paths, _, _ = flatten(states)
+    return ", ".join(paths) or "nothing"
 
 
 def _told(seen: Seen, states: Any) -> tuple[Cells, Array]:
@@ -226,6 +261,11 @@ def _same_scopes(seen: Seen, state: Any, joined: Array) -> None:
             "Expected params beside updates that are None where init saw weights, got params=None. Call "
             "tx.update(grads, state, params)."
         )
+
+
+def _like_norms(seen: Seen, limits: Cells) -> Cells:
+    """The limits in the dtype of the norms that they are for, and on their devices."""
+    return [placed_like(x.astype(n.root.dtype), n.root) for x, n in zip(limits, seen.norms, strict=True)]
 
 
 def _in_dtypes_of(old: Any, new: Any) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TOGETHER = 2  # processes, with two devices each
 SECONDS = 90  # far more than it takes, and far less than a build may hang
 

@@ -111,3 +111,14 @@ def test_a_part_of_a_matrix_has_no_singular_values(mesh):
     sharded = jax.shard_map(project, mesh=mesh, in_specs=P(None, "i"), out_specs=P(None, "i"))
     with pytest.raises(ValueError, match="whole matrices"):
         sharded(jnp.ones((4, 8)))
+
+
+def test_the_singular_values_of_split_matrices_raise(mesh):
+    tx = optax_clip.clip_singular_values(1.0, record=False)
+
+    def step(x):
+        return tx.update(x, tx.init(x))[0]
+
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=P("i"), out_specs=P("i"))
+    with pytest.raises(ValueError, match="whole matrices"):
+        jax.jit(mapped)(jnp.ones((8, 4)))
