@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import optax_clip as oc
-from optax_clip import _landing, _xla
+from optax_clip import _landing
 
 # The weights, and what comes to be projected.
 PAIRS = [
@@ -46,14 +46,9 @@ def name(pair):
     return " ".join(pair)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "cuda", "default"])
-def test_what_is_made_projected_and_added_in_one_program_lands(
-    platform, monkeypatch, standard_promotion
-):
+@pytest.mark.usefixtures("platform", "standard_promotion")
+def test_what_is_made_projected_and_added_in_one_program_lands():
     """Weights of each type in one tree; NaN is outside."""
-    monkeypatch.setattr(
-        _xla, "by_platform", lambda *arrays, default, **ways: ways.get(platform, default)(*arrays)
-    )
     random = np.random.default_rng(0)
     spread = np.geomspace(0.01, 1, 100)
     draw = lambda: spread * random.normal(size=(300, 100))  # noqa: E731
@@ -172,11 +167,8 @@ def test_tiny_weights_whose_steps_a_cpu_would_flush(dtype):
 INFINITE = [(-math.inf, 1.0), (-1.0, math.inf), (-math.inf, math.inf), (0.5, 0.5), (-1.0, 1.0)]
 
 
-@pytest.mark.parametrize("platform", ["cpu", "default"])
-def test_the_share_of_weights_at_a_bound(platform, monkeypatch):
-    monkeypatch.setattr(
-        _xla, "by_platform", lambda *arrays, default, **ways: ways.get(platform, default)(*arrays)
-    )
+@pytest.mark.usefixtures("platform")
+def test_the_share_of_weights_at_a_bound():
     params = {"w": jnp.array([[-3.0, -1.0, -0.5], [0.5, 1.0, 2.0]]), "b": jnp.array([1.0, 30.0])}
     for low, high in INFINITE:
         _, _, found = stepped(
