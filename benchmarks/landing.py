@@ -29,6 +29,7 @@ OPTIMIZERS: dict[str, optax.GradientTransformation] = {
     "none": optax.identity(),
     "sgd": optax.sgd(0.3),
     "adam": optax.adam(0.1, eps=1e-3),  # the usual 1e-8 is 0 in float16, and 0 / 0 NaN
+    "lion": optax.lion(0.1),
 }
 
 

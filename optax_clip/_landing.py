@@ -94,12 +94,13 @@ def _to_the_next(d: Array, dtype: Any) -> Array:
     """What takes ``d`` to the next number of a dtype, once it is rounded: 0.7 to 1.4 of their spacing.
 
     Only a difference that was rounded can miss. In its own dtype that is a normal number; in a narrower
-    one it may be below those, where the spacing is that of the smallest.
+    one it may be below those, where the spacing is that of the smallest. A step that is itself below
+    the normal numbers would be flushed to 0.
     """
-    info, size = jnp.finfo(dtype), jnp.abs(lax.stop_gradient(d))
-    if info.maxexp < jnp.finfo(d.dtype).maxexp:
-        size = jnp.maximum(size, float(info.smallest_normal))
-    return size * (0.7 * float(info.eps))
+    info = jnp.finfo(dtype)
+    step = 0.7 * float(info.eps)
+    least = max(step * float(info.smallest_normal), float(jnp.finfo(d.dtype).smallest_normal))
+    return jnp.maximum(jnp.abs(lax.stop_gradient(d)) * step, least)
 
 
 def add_as_apply_updates(p: Array, u: Array, *, written: bool = True) -> Array:

@@ -156,15 +156,3 @@ def _within_modulus(x: Array, high: Array) -> Array:
     aim = high * (1 - 4 * float(jnp.finfo(high.dtype).eps))
     bounded = scale(way, aim / jnp.where(over, jnp.abs(way), 1))
     return jnp.where(over & ~jnp.isnan(x), bounded, x)
-
-
-def outer_bounds(low: Array, high: Array) -> tuple[Array, Array, Array, Array]:
-    """What `beyond` compares with: the bounds, and the ends of the range, for which infinity counts."""
-    most = jnp.asarray(jnp.finfo(low.dtype).max, low.dtype)
-    return jnp.maximum(low, -most), jnp.minimum(high, most), -most, most
-
-
-def beyond(x: Array, low: Array, high: Array, least: Array, most: Array) -> Array:
-    """How far an entry is outside; not above 0 inside."""
-    x = widen(x, high.dtype)
-    return jnp.maximum(jnp.minimum(x, most) - high, low - jnp.maximum(x, least))

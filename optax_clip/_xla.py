@@ -88,11 +88,6 @@ def apart(*parts: Array) -> tuple[Array, ...]:
     return whole
 
 
-def _in_memory(x: Array) -> Array:
-    """A bfloat16 that is made for a sum, which takes in conversions, but not roundings."""
-    return lax.optimization_barrier(x) if x.dtype == jnp.bfloat16 else x
-
-
 def of_all(combine: Callable[[Array, Array], Array], parts: Sequence[Array]) -> Array:
     """One value of the values of many leaves.
 
@@ -114,7 +109,10 @@ def sums_in_range(powers: Any, parts: list[tuple[Array, ...]]) -> tuple[list[Arr
     """
 
     def read(*part: Array) -> Array:
-        return widen(_in_memory(powers.read(*part)), powers.dtype)
+        x = powers.read(*part)
+        # A sum of bfloat16 is rounded, which the fast sums do not take in.
+        made = len(part) > 1 and x.dtype == jnp.bfloat16
+        return widen(lax.optimization_barrier(x) if made else x, powers.dtype)
 
     plain = powers.sum([read(*apart(*part)) for part in parts])
     ones = [jnp.ones_like(s) for s in plain]
@@ -174,10 +172,18 @@ def count_outside(x: Array, low: Array, high: Array, *, at: bool = False) -> Arr
         return jnp.sum(outside, dtype=dtype)
 
     def in_arithmetic(x: Array, low: Array, high: Array) -> Array:
-        x, low, high, *own = lax.optimization_barrier((x, low, high, *constants(dtype)))
+        # The fast sums take in arithmetic, but neither comparison nor choice, whose result is written
+        # to memory first. So are constants that two sums share: each takes its own from a barrier.
+        numbers = (
+            0,
+            1,
+            1 / float(jnp.finfo(dtype).smallest_normal),
+        )  # the last takes normal ones above 1
+        own = [jnp.asarray(n, dtype) for n in numbers]
+        x, low, high, zero, one, huge = lax.optimization_barrier((x, low, high, *own))
         x = size(x, dtype)
         gap = jnp.minimum(high - x, x - low) if at else jnp.maximum(x - high, low - x)
-        number = jnp.sum(indicator(gap, *own))
+        number = jnp.sum(jnp.minimum(jnp.maximum(gap, zero) * huge, one))
         return x.size - number if at else number
 
     def size(x: Array, dtype: Any) -> Array:
@@ -185,21 +191,6 @@ def count_outside(x: Array, low: Array, high: Array, *, at: bool = False) -> Arr
         return jnp.abs(wide) if jnp.iscomplexobj(x) else wide
 
     return by_platform(lax.stop_gradient(x), low, high, cpu=in_arithmetic, default=compared)
-
-
-def indicator(gap: Array, zero: Array, one: Array, huge: Array) -> Array:
-    """1 where ``gap > 0``, else 0, to be summed; NaN where it is NaN, less below the normal numbers.
-
-    The fast sums take in arithmetic, but neither comparison nor choice, whose result is written to
-    memory first. So are `constants` that two sums share: each takes its own from behind its barrier.
-    """
-    return jnp.minimum(jnp.maximum(gap, zero) * huge, one)
-
-
-def constants(dtype: Any) -> tuple[Array, Array, Array]:
-    """0, 1 and a number that takes every normal one above 1."""
-    huge = 1 / float(jnp.finfo(dtype).smallest_normal)
-    return jnp.asarray(0, dtype), jnp.asarray(1, dtype), jnp.asarray(huge, dtype)
 
 
 def select(xs: list[Array], flags: list[Array], ys: list[Array]) -> list[Array]:

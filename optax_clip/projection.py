@@ -156,8 +156,12 @@ def project_weights(
 
         A weight that was going to land inside keeps its update bit for bit, and updates keep their
         dtype. Updates in a narrower dtype than the weights cannot reach every set from far outside at
-        once. Metrics: ``distance``, the 2-norm of the move of the weights, ``fraction``, the share of
-        entries that it moved, and ``steps``.
+        once.
+
+        Metrics: ``fraction`` and ``steps``. For sets that bound each entry, ``fraction`` is the share
+        of weights that are at a bound after the step (an infinite one is none; NaN weights may make it
+        NaN), for others the share that the projection moved; these report ``distance`` too, the 2-norm
+        of the move. On steps that do not project both are 0.
 
     Raises:
         TypeError: if the constraint is neither a set nor callable, or ``every`` not an integer.

@@ -32,11 +32,12 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
         Scalars by name, ready for any logger: ``{name}/norm_before``, ``norm_after``, ``threshold``
         and ``fraction`` (float32) of the last step, the counters ``{name}/steps``, ``steps_clipped``
         and ``steps_nonfinite`` (int32); for `skip_spikes` ``{name}/steps_skipped`` besides; for
-        `project_weights` ``{name}/distance``, ``fraction`` and ``steps``, for `mask_outward` the last
-        two. Of two transforms with one name the later one is called ``name_1``, then
-        ``name_2``. Empty if there are none. Where scopes have limits of their own ``threshold`` is the
-        smallest; what was left of the whole is ``norm_after / norm_before``. Of averages over steps
-        those of ``fraction`` and of the norms say something, those of counters do not.
+        `project_weights` ``{name}/fraction`` and ``steps``, and ``distance`` for sets other than boxes;
+        for `mask_outward` the first two. Of two transforms with one name the later one is called
+        ``name_1``, then ``name_2``. Empty if there are none. Where scopes have limits of their own
+        ``threshold`` is the smallest; what was left of the whole is ``norm_after / norm_before``. Of
+        averages over steps those of ``fraction`` and of the norms say something, those of counters do
+        not.
 
     Raises:
         TypeError: if there are none and ``opt_state`` holds functions, as a transform does.

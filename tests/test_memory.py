@@ -92,10 +92,14 @@ def test_replaced_has_the_derivative_of_a_choice():
     np.testing.assert_array_equal(jax.grad(loss)(x), [3, 1])
 
 
-def test_an_indicator_is_one_or_zero():
-    gaps = jnp.array([-jnp.inf, -1, -0.0, 0, 2.0**-126, 1e-30, 1, 3e38, jnp.inf, jnp.nan])
-    expected = [0, 0, 0, 0, 1, 1, 1, 1, 1, jnp.nan]
-    np.testing.assert_array_equal(jax.jit(_xla.indicator)(gaps, *_xla.constants("float32")), expected)
+def test_an_entry_counts_as_one_or_zero():
+    """In arithmetic: above 0 and beyond, at 0, and what is no number."""
+    count = jax.jit(
+        lambda x, at: _xla.count_outside(x, jnp.array(-jnp.inf), jnp.array(0.0), at=at), static_argnums=1
+    )
+    gaps = jnp.array([-jnp.inf, -1, -0.0, 0, 2.0**-126, 1e-30, 1, 3e38, jnp.inf])
+    assert count(gaps[1:], False) == 5 and count(gaps[1:], True) == 7
+    assert np.isnan(count(jnp.array([1.0, jnp.nan]), False))
 
 
 def test_small_leaves_are_joined_on_one_device(monkeypatch):

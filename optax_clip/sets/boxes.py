@@ -17,9 +17,7 @@ from optax_clip._mesh import place_like
 from optax_clip._numerics import (
     accumulator,
     as_dtype,
-    beyond,
     clamp,
-    outer_bounds,
     round_down,
     round_up,
 )
@@ -196,9 +194,12 @@ def entrywise(bounds: Callable[..., list[Bounds]], axis_name: AxisName) -> Const
 
 
 def _outside(x: Array, low: Array, high: Array) -> Array:
+    """How far each entry is outside; infinity counts as the largest number, which is no bound."""
     wide = accumulator([x])
-    size = jnp.abs(x) if jnp.iscomplexobj(x) else x
-    return beyond(size, *outer_bounds(low.astype(wide), high.astype(wide)))
+    most = float(jnp.finfo(wide).max)
+    size = jnp.clip(jnp.abs(x) if jnp.iscomplexobj(x) else x.astype(wide), -most, most)
+    low, high = (jnp.clip(end.astype(wide), -most, most) for end in (low, high))
+    return jnp.maximum(size - high, low - size)
 
 
 def inwards(x: Array, low: Any, high: Any) -> Bounds:
