@@ -77,7 +77,8 @@ def read(text: str) -> Program:
             consumed = sum(in_hbm(shapes.get(operand, "")) for operand in operands)
             # An asynchronous start gives its operands out again beside its result.
             written = in_hbm(shape) - (consumed if kind.endswith("-start") else 0)
-            current.append(Operation(kind, name, shape, consumed + written, tuple(CALLED.findall(rest))))
+            moved = _in_slices(shape) if kind == "slice-start" else consumed + written
+            current.append(Operation(kind, name, shape, moved, tuple(CALLED.findall(rest))))
     return Program(computations, entry)
 
 
@@ -92,6 +93,13 @@ def in_hbm(shape: str) -> int:
             count *= int(size)
         total += count * bits(dtype) // 8
     return total
+
+
+def _in_slices(shape: str) -> int:
+    """The bytes of what is cut out and fetched into fast memory: of a part, not of its operand."""
+    return sum(
+        in_hbm(f"{dtype}[{sizes}]") for dtype, sizes, layout in ARRAY.findall(shape) if "S(1)" in layout
+    )
 
 
 def bits(dtype: str) -> int:

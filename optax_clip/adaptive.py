@@ -37,7 +37,7 @@ def adaptive_grad_clip(
         eps: the norm ε >= 0 that a unit is taken to have at least.
         scope: which entries share a norm, as in `clip_by_norm`, but that with ``"unit"`` a leaf with at
             most one axis longer than 1 is one unit.
-        nonfinite: ``"propagate"`` or ``"zero"``, as in `clip_by_norm`.
+        nonfinite: ``"propagate"``, ``"zero"`` or ``"local"``, as in `clip_by_norm`.
         axis_name: mapped axes to sum over, as in `global_norm`.
         name: prefix of the metrics.
         record: as in `clip_by_norm`.
@@ -99,7 +99,7 @@ def autoclip(
     Args:
         percentile: the percentile p, from 0 to 100. With 10, nine steps of ten are clipped.
         window: how many norms to remember; None for 1000. Static.
-        nonfinite: ``"propagate"`` or ``"zero"``, as in `clip_by_norm`.
+        nonfinite: ``"propagate"``, ``"zero"`` or ``"local"``, as in `clip_by_norm`.
         axis_name: mapped axes to sum over, as in `global_norm`.
         name: prefix of the metrics.
         record: as in `clip_by_norm`.
@@ -157,7 +157,7 @@ def zclip(
         decay: the decay of mean and variance, in [0, 1).
         warmup: how many norms, at first, are not limited and give mean and variance.
         max_norm: a cap >= 0 on the limit, also in warm-up.
-        nonfinite: ``"propagate"`` or ``"zero"``, as in `clip_by_norm`.
+        nonfinite: ``"propagate"``, ``"zero"`` or ``"local"``, as in `clip_by_norm`.
         axis_name: mapped axes to sum over, as in `global_norm`.
         name: prefix of the metrics.
         record: as in `clip_by_norm`.
@@ -218,7 +218,7 @@ def adagc(
         decay: the decay b of γ, in [0, 1).
         warmup: the step, counted from 1, from which on leaves are clipped on their own.
         max_norm: the limit >= 0 on the norm of the whole tree in warm-up.
-        nonfinite: ``"propagate"`` or ``"zero"``, as in `clip_by_norm`.
+        nonfinite: ``"propagate"``, ``"zero"`` or ``"local"``, as in `clip_by_norm`.
         axis_name: mapped axes to sum over, as in `global_norm`.
         name: prefix of the metrics.
         record: as in `clip_by_norm`.
@@ -272,7 +272,7 @@ def clip_by_update_rms(
 
     Args:
         max_rms: the limit d >= 0, a number or a schedule ``step -> number``.
-        nonfinite: ``"propagate"`` or ``"zero"``, as in `clip_by_norm`.
+        nonfinite: ``"propagate"``, ``"zero"`` or ``"local"``, as in `clip_by_norm`.
         axis_name: mapped axes to average over, as in `global_norm`.
         name: prefix of the metrics.
         record: as in `clip_by_norm`.

@@ -47,6 +47,17 @@ def test_kernels_and_what_they_move():
     assert program.count("while") == 0 and program.turns() == []
 
 
+def test_a_slice_moves_what_is_cut_out():
+    """A TPU fetches a matrix of 4 x 8 row by row: 32 bytes."""
+    line = (
+        "  %part = ((f32[4,8]{1,0:T(8,128)}), f32[1,8]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) "
+        "slice-start(%x), slice={[0:1], [0:8]}"
+    )
+    text = "ENTRY %main (x: f32[4,8]) -> f32[] {\n  %x = f32[4,8]{1,0} parameter(0)\n" + line + "\n}\n"
+    (kernel,) = _hlo.read(text).kernels()
+    assert (kernel.kind, kernel.moved) == ("slice-start", 32)
+
+
 def test_collectives_of_every_step_and_of_branches():
     always, sometimes = _hlo.collectives(BRANCHED)
     assert always == {"all-reduce": 1}

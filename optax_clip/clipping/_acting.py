@@ -70,7 +70,7 @@ class Clipping(NamedTuple):
         """Clip; ``norm`` by its name, if it is known already, of the scope ``"global"``."""
         params = params if self.limits.asks_for_weights else None
         scopes, xs = Scopes.of(tree, self.scope, self.axis_name, beside=params)
-        parts = self._parts(scopes, _xla.materialized(xs), params)
+        parts = self._parts(scopes, xs, params)
         norms = [_measured_or_given(part, self.ord, **norm) for part in parts]
         finite = all_finite([each for of_part in norms for each in of_part])
         fine = [[jnp.isfinite(n.root) if self.is_local else finite for n in some] for some in norms]
@@ -107,7 +107,7 @@ class Clipping(NamedTuple):
         """
         apart = self.is_local and self.limits.act_alone
         if not apart or scopes.is_global or isinstance(self.scope, Groups):
-            return [_Part(scopes, xs, params, tuple(range(len(xs))))]
+            return [_Part(scopes, _xla.materialized(xs), params, tuple(range(len(xs))))]
         weights = None if params is None else scopes.leaves_of(params, of=A_RULE)
         return [self._part(scopes, xs, weights, some) for some in in_batches(xs)]
 
@@ -117,7 +117,7 @@ class Clipping(NamedTuple):
         def axes(path: str, _: Any) -> tuple[int, ...]:
             return scopes.axes[order[int(path)]]
 
-        some = [xs[i] for i in order]
+        some = _xla.materialized([xs[i] for i in order])
         scope = self.scope if self.scope == "leaf" else axes
         params = None if weights is None else [weights[i] for i in order]
         return _Part(Scopes.of(some, scope, self.axis_name)[0], some, params, order)

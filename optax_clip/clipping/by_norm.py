@@ -39,7 +39,7 @@ def clip_tree(
         ord: which norm, as in `global_norm`.
         norm: the norm of the tree if it is known already; only with ``scope="global"``.
         nonfinite: ``"propagate"``: an inf or NaN entry makes every inexact leaf NaN. ``"zero"``: it
-            makes every inexact leaf 0.
+            makes every inexact leaf 0. ``"local"``: it makes its own scope NaN; the others are clipped.
         axis_name: mapped axes to sum over, as in `global_norm`.
 
     Returns:
@@ -103,6 +103,11 @@ def clip_by_norm(
         nonfinite: ``"propagate"``: an inf or NaN entry anywhere makes every inexact leaf NaN, so that
             a loss check sees it, or `optax.apply_if_finite` around what comes after the clip (around
             the clip it hides such a step from the metrics). ``"zero"``: it makes every inexact leaf 0.
+            ``"local"``: it makes its own scope NaN, and the others are clipped as usual. A number, a
+            schedule or `relative_to_params` then scales a leaf as soon as it is measured, so that the
+            gradients of a large model need not all be kept until the last is there. The step counts as
+            non-finite, ``fraction`` is of the other scopes, and the norms of the tree are inf or NaN; a
+            rule sees NaN as norm of that scope, and as ``total`` the norm of the others.
         axis_name: mapped axes to sum over, as in `global_norm`.
         name: prefix of the metrics.
         record: False to record nothing: the state is then `optax.EmptyState` unless the threshold
@@ -156,7 +161,8 @@ def clip_by_global_norm(
         max_norm: the limit C on the norm: a number >= 0, a 0-d array, a schedule ``step -> number``, or
             a `ThresholdRule`.
         ord: ``None`` or 2, 1, ``math.inf``, a float p >= 1, or ``"rms"``. Static.
-        nonfinite: ``"propagate"`` or ``"zero"``, as in `clip_by_norm`.
+        nonfinite: ``"propagate"`` or ``"zero"``, as in `clip_by_norm`; ``"local"`` is here the first of
+            them, as the tree is one scope.
         axis_name: mapped axes to sum over, as in `global_norm`.
         name: prefix of the metrics.
         record: False to record nothing: the state is then `optax.EmptyState` unless the threshold
@@ -209,7 +215,7 @@ def normalize_by_norm(
             with `groups` also a dict ``label -> one of these``.
         scope: which entries share a norm, as in `clip_by_norm`.
         ord: which norm, as in `clip_by_norm`. Static.
-        nonfinite: ``"propagate"`` or ``"zero"``, as in `clip_by_norm`.
+        nonfinite: ``"propagate"``, ``"zero"`` or ``"local"``, as in `clip_by_norm`.
         axis_name: mapped axes to sum over, as in `global_norm`.
         name: prefix of the metrics.
         record: False to record nothing: the state is then `optax.EmptyState` unless the threshold
