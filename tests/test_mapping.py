@@ -98,7 +98,7 @@ def test_what_slides_keeps_its_digits(constraint):
 
 
 def test_one_read_measures_as_two():
-    """The way of the accelerators, at the ends of the range, where squares and products are beyond it."""
+    """The way of the accelerators, at the ends of the range, with squares and products beyond it."""
     random = np.random.default_rng(0)
     shapes = [(6, 4), (3,), (1,)]
     scopes, _ = Scopes.of([jnp.zeros(s) for s in shapes], "leaf")
@@ -217,9 +217,8 @@ def test_a_projection_alone_does_not(standard_promotion):
 
 def multiplier(*before):
     """min x^2 with x >= 1: descent in x, ascent in the multiplier of ``x^2 + m (1 - x)``, m >= 0."""
-    ascent = optax.chain(*before, oc.gradient_mapping(oc.non_negative()), optax.sgd(0.05 if before else -0.05),
-                         oc.project_weights(oc.non_negative()))  # fmt: skip
-    descent = optax.sgd(0.05)
+    ascent = oc.constrained(optax.sgd(0.05 if before else -0.05), oc.non_negative())
+    ascent, descent = optax.chain(*before, ascent), optax.sgd(0.05)
 
     def step(carry, _):
         x, m, states = carry

@@ -218,30 +218,26 @@ def _measured_twice(scopes: Scopes, ws: list[Array], gs: list[Array]) -> Measure
 
 
 def _measured_once(scopes: Scopes, ws: list[Array], gs: list[Array]) -> Measured:
-    """All sums in one read of both trees, each as it is, shrunk and grown."""
+    """All sums in one read of both trees: squares as they are, shrunk and grown, products in two ways.
+
+    A ninth sum would be one too many for a GPU's compiler, and read by itself.
+    """
     powers = Powers(scopes, 2.0, accumulator([*ws, *gs]), lambda x: x)
     most = int(jnp.finfo(powers.dtype).maxexp)
-    # Not known to compilers, which would join two of them before the entries of a leaf of one entry.
-    shrinks, grows = lax.optimization_barrier(
-        [jnp.asarray(2.0 ** (k * most // 128), powers.dtype) for k in (-62, 60)]
-    )
-    cap = 2.0 ** (66 * most // 128)
-    forms = [(ws, gs), *([[scale(x, k) for x in xs] for xs in (ws, gs)] for k in (shrinks,))]
-    forms.append(tuple([scale(_within(x, cap), grows) for x in xs] for xs in (ws, gs)))
-    products = [[_product(w, g) for w, g in zip(*form, strict=True)] for form in forms]
-    sums = scopes.sums([*powers.ways(ws), *powers.ways(gs), *products])
+    shrink, grow, cap = (2.0 ** (k * most // 128) for k in (-20, 40, 40))
+    pairs = list(zip(ws, gs, strict=True))
+    shrunk = [_product(*_larger_scaled(w, g, shrink**2)) for w, g in pairs]
+    grown = [_product(*_smaller_scaled(w, g, cap, grow**2)) for w, g in pairs]
+    sums = scopes.sums([*powers.ways(ws), *powers.ways(gs), shrunk, grown])
     sizes, slopes = (
         [_rooted(s, k) for s, k in zip(*powers.chosen(*some), strict=True)]
         for some in (sums[:3], sums[3:6])
     )
     cosines = []
-    for size, slope, plain, shrunk, grown in zip(sizes, slopes, *sums[6:], strict=True):
-        power = jnp.log2(size.scale) + jnp.log2(slope.scale)
-        high, low = power < -100 * most / 128, power > 70 * most / 128
-        k = jnp.where(high, shrinks, jnp.where(low, grows, 1))
-        dot = jnp.where(high, shrunk, jnp.where(low, grown, plain))
-        units = [norm._replace(scale=norm.scale / k) for norm in (size, slope)]
-        cosines.append(_over(dot * (units[0].scale * units[1].scale), *units))
+    for size, slope, shrunk, grown in zip(sizes, slopes, *sums[6:], strict=True):
+        low = jnp.log2(size.scale) + jnp.log2(slope.scale) > 50 * most / 128
+        back, dot = jnp.where(low, 1 / grow, 1 / shrink), jnp.where(low, grown, shrunk)
+        cosines.append(_over(dot * (size.scale * back) * (slope.scale * back), size, slope))
     return sizes, slopes, cosines
 
 
@@ -256,6 +252,16 @@ def _product(w: Array, g: Array) -> Array:
     if not jnp.iscomplexobj(w):
         return w * g
     return w.real * g.real + w.imag * g.imag
+
+
+def _larger_scaled(w: Array, g: Array, k: float) -> tuple[Array, Array]:
+    larger = jnp.abs(w) > jnp.abs(g)
+    return jnp.where(larger, w * k, w), jnp.where(larger, g, g * k)
+
+
+def _smaller_scaled(w: Array, g: Array, cap: float, k: float) -> tuple[Array, Array]:
+    larger = jnp.abs(w) > jnp.abs(g)
+    return jnp.where(larger, w, _within(w, cap) * k), jnp.where(larger, _within(g, cap) * k, g)
 
 
 def _over(dot: Array, size: Norm, slope: Norm) -> Array:
