@@ -98,4 +98,4 @@ __all__ = [
     "zscore",
 ]
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

@@ -19,6 +19,7 @@ from optax_clip import (
     adagc,
     clip_by_norm,
     ema_ratio,
+    gradient_mapping,
     groups,
     init_box,
     initial,
@@ -63,6 +64,7 @@ REMEMBER = {
     "normalize": normalize_by_norm(zscore(2.0)),
     "skip_spikes": skip_spikes(optax.sgd(0.1), zscore(2.0)),
     "initial": project_weights(SPHERE),
+    "mapping, initial": gradient_mapping(SPHERE),
     "initial, inf": project_weights(norm_ball(initial(), ord=np.inf)),
     "initial, unit": project_weights(norm_shell(initial(0.5), initial(2.0), scope="unit")),
     "initial, every": project_weights(SPHERE, every=2),
@@ -74,7 +76,13 @@ REMEMBER = {
     "record of scopes": clip_by_norm(1.0, record="scopes"),
     "record of labels": clip_by_norm(1.0, scope=FIRST),
 }
-NAMES = {"normalize": "normalize", "skip_spikes": "skip", "record": "norms", "record of groups": "norms"}
+NAMES = {
+    "mapping, initial": "mapping",
+    "normalize": "normalize",
+    "skip_spikes": "skip",
+    "record": "norms",
+    "record of groups": "norms",
+}
 X, Y = jax.ShapeDtypeStruct((3, 2), jnp.float32), jax.ShapeDtypeStruct((4, 2), jnp.float32)
 # The tree that init saw, another, and the first path that differs.
 CHANGES = {
