@@ -179,6 +179,10 @@ TRAINING = {bound.label: bound for bound in training_step.clips()}
 GLOBAL = TRAINING["clip_by_global_norm"].peer
 
 
+# What is not met: where a TPU takes leaf after leaf, it fetches less of what comes next ahead of time.
+DEARER_IN_TRAINING = {(TPU, "adaptive_grad_clip, local"): 0.5}
+
+
 @functools.cache
 def trained(chip: str, dtype: str, contender: Peer) -> dict[str, float]:
     with mock.patch.object(jax, "device_count", lambda: 1):
@@ -191,7 +195,8 @@ def most_in_training(chip: str, dtype: str, name: str) -> Limits:
         alone = trained(chip, dtype, Peer(ALONE.label))
         return Limits(alone["units"] + 1.5, max(0.4, alone["temporaries"] + 0.1))
     theirs = trained(chip, dtype, TRAINING[name].peer or GLOBAL)
-    return Limits(theirs["units"] + 0.5, 0.4 if name.endswith("local") else 1.15)
+    extra = 0.5 + DEARER_IN_TRAINING.get((chip, name), 0)
+    return Limits(theirs["units"] + extra, 0.4 if name.endswith("local") else 1.15)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
