@@ -108,8 +108,13 @@ def placed_like(x: Array, other: Array) -> Array:
     return x if ours == theirs or not is_explicit(other) else jax.sharding.reshard(x, theirs)
 
 
-def together(x: Array, y: Array) -> tuple[Array, Array]:
+def together(xs: Sequence[Array], ys: Sequence[Array]) -> tuple[list[Array], list[Array]]:
     """Both where JAX adds them up: on an explicit mesh a whole array goes to where the other is."""
+    pairs = [_together(x, y) for x, y in zip(xs, ys, strict=True)]
+    return [x for x, _ in pairs], [y for _, y in pairs]
+
+
+def _together(x: Array, y: Array) -> tuple[Array, Array]:
     ours, theirs = (jax.typeof(each).sharding for each in (x, y))
     if ours == theirs or not (is_explicit(x) and is_explicit(y)):
         return x, y

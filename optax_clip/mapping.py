@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_clip import _owners, _validate
+from optax_clip._mesh import together
 from optax_clip._numerics import as_dtype
 from optax_clip._records import Report, transform
 from optax_clip._trees import Scopes
@@ -88,7 +89,7 @@ def gradient_mapping(
         del extra
         _validate.params_given(params, of="gradient_mapping")
         scopes, gs = Scopes.of(updates, "leaf", axis_name=(), beside=params)
-        ps = scopes.leaves_of(params, of="gradient_mapping")
+        gs, ps = together(gs, scopes.leaves_of(params, of="gradient_mapping"))
         ahead = jnp.maximum(as_dtype(reach, jnp.float32), jnp.finfo(jnp.float32).tiny)
         kept = _owners.opened(memory, lambda: first(params)) if by_tree else memory
         new, kept, share = mapped(scopes.alone(ps), scopes.alone(gs), kept, params, ahead)

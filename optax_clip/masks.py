@@ -63,7 +63,7 @@ def mask_outward(
         _validate.params_given(params, of="mask_outward")
         scopes, gs = Scopes.of(updates, "leaf", axis_name=(), beside=params)
         ps = scopes.leaves_of(params, of="mask_outward")
-        gs, ps = ([pair[i] for pair in map(together, gs, ps)] for i in (0, 1))
+        gs, ps = together(gs, ps)
         ends = [
             jnp.where(g == 0, p, -jnp.sign(g).astype(p.dtype) * jnp.inf)
             for g, p in zip(gs, ps, strict=True)

@@ -269,8 +269,7 @@ def _counts(memory: Any, every: Any) -> bool:
 def _where_they_meet(updates: optax.Updates, params: optax.Params) -> tuple[Any, Any]:
     """Both on the devices where `optax.apply_updates` adds them up."""
     scopes, us = Scopes.of(updates, "leaf", axis_name=(), beside=params)
-    pairs = list(map(together, us, scopes.leaves_of(params, of="project_weights")))
-    us, ps = ([pair[i] for pair in pairs] for i in (0, 1))
+    us, ps = together(us, scopes.leaves_of(params, of="project_weights"))
     return scopes.rebuild(updates, us), scopes.rebuild(params, ps)
 
 

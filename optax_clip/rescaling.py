@@ -222,7 +222,7 @@ def _by_signal(
         signal = how.seen(jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, jnp.nan), given))
         scopes, us = Scopes.of(updates, "leaf", axis_name=(), beside=params)
         ps = scopes.leaves_of(params, of=how.caller)
-        ps, us = ([pair[i] for pair in map(together, ps, us)] for i in (0, 1))
+        ps, us = together(ps, us)
         paths = [scopes.paths[i] for i in scopes.places]
         # Behind a barrier: compilers would else form the factors anew for each entry.
         fs = lax.optimization_barrier(
