@@ -30,12 +30,12 @@ from trees import (
     without_threshold,
 )
 
-compiled = pytest.mark.parametrize(
-    "row",
-    [pytest.param(row, marks=() if row in KINDS else pytest.mark.full) for row in ROWS],
-    indirect=True,
-    ids=[row.id for row in ROWS],
-)
+
+def rows(*quickly):
+    """All rows: one of each kind, or those named, and the rest in `make test-full`."""
+    kept = quickly or [row.id for row in KINDS]
+    params = [pytest.param(row, marks=() if row.id in kept else pytest.mark.full) for row in ROWS]
+    return pytest.mark.parametrize("row", params, indirect=True, ids=[row.id for row in ROWS])
 
 
 @functools.cache
@@ -76,7 +76,7 @@ def test_outside_of_jit_a_step_compiles_nothing_new(row, compilations):
     assert len(compilations) == before
 
 
-@compiled
+@rows()
 def test_jitted_is_eager_and_compiles_once(row, compilations):
     """Extra args that nobody knows change nothing.
 
@@ -154,7 +154,23 @@ SMALL_PARAMS = {"dense": {"kernel": jnp.array([[0.7, 0.1], [0.3, -0.9]]), "bias"
 ALONG = {"dense": {"kernel": jnp.array([[0.3, 1.0], [-0.7, 0.5]]), "bias": jnp.array([1.0, 0.4])}}
 
 
-@compiled
+@rows(
+    "clip_by_value",
+    "clip_by_global_norm",
+    "clip_by_norm, unit",
+    "normalize_by_norm",
+    "zscore, leaf",
+    "relative_to_params",
+    "skip_spikes",
+    "clip_singular_values",
+    "qk_clip",
+    "box",
+    "norm_ball",
+    "norm_ball, 1",
+    "norm_sphere",
+    "simplex",
+    "mask_outward",
+)
 def test_vmap_of_derivatives(row):
     """Over gradients, weights, states and, where there is one, the number of the row.
 
@@ -272,15 +288,9 @@ STATES = (
     "box, every=2",
     "norm_sphere, initial",
 )
-with_states = pytest.mark.parametrize(
-    "row",
-    [pytest.param(row, marks=() if row.id in STATES else pytest.mark.full) for row in KINDS],
-    indirect=True,
-    ids=[row.id for row in KINDS],
-)
 
 
-@with_states
+@rows(*STATES)
 def test_multi_steps(row, standard_promotion):
     tx, _ = wrapped(row)
     step = jax.jit(chex.assert_max_traces(tx.update, n=1))
@@ -298,7 +308,7 @@ def test_multi_steps(row, standard_promotion):
         chex.assert_tree_all_finite((updates, without_threshold(metrics(state))))
 
 
-@with_states
+@rows(*STATES)
 def test_apply_if_finite(row, standard_promotion):
     _, tx = wrapped(row)
     step = jax.jit(chex.assert_max_traces(tx.update, n=1))
@@ -415,7 +425,7 @@ def follow_the_edges(row, dtypes):
             assert not any(np.any(updates[dtype]) for dtype in dtypes)
 
 
-@compiled
+@rows()
 def test_edges(row):
     """Mixed precision: three types side by side in one tree."""
     follow_the_edges(row, ("float16", "bfloat16", "float32"))
