@@ -91,7 +91,7 @@ dev: $(VENV)/.dev  ## install everything that a developer needs
 	@echo "Ready: . $(BIN)/activate"
 
 clean:  ## remove the environments and all that was built
-	rm -rf .venv .venv-* $(VENV) $(VENV)-* build dist docs/_build docs/notebooks demo.png sweep.png bench.json bench.png
+	rm -rf .venv .venv-* $(VENV) $(VENV)-* build dist docs/_build docs/notebooks demo.png sweep.png bench.json bench.png constrained.png
 	rm -rf .hypothesis .jax_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

@@ -1,4 +1,5 @@
-"""Measure the transforms beside Optax's own: tables as it goes, then bench.json and bench.png.
+"""Measure the transforms beside Optax's own: tables as it goes, then bench.json and bench.png,
+and beside it constrained.png.
 
 All times are of interleaved runs in one process, and ratios are taken round by round: other work on the
 machine falls on all alike. Milliseconds are context.
@@ -15,8 +16,10 @@ from pathlib import Path
 import jax
 
 from benchmarks import (
+    _constrained_figure,
     collectives,
     compiled,
+    constrained,
     growth,
     memory,
     overheads,
@@ -38,6 +41,7 @@ GROUPS = {
     "growth": growth.run,
     "memory": memory.run,
     "projections": projections.run,
+    "constrained": constrained.run,
     "demo": training.run,
     "collectives": collectives.run,
     "compiled": compiled.run,
@@ -88,6 +92,9 @@ def main() -> None:
     written = [str(args.json)]
     if draw(rows, args.figure, ", ".join(f"{key} {where[key]}" for key in SHOWN)):
         written.append(str(args.figure))
+    arrivals = args.figure.with_stem("constrained")
+    if _constrained_figure.draw(rows, arrivals):
+        written.append(str(arrivals))
     print(f"\n{sum(seconds.values()):.0f} s. Written: {', '.join(written)}")
 
 

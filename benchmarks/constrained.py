@@ -115,7 +115,7 @@ def sets() -> dict[str, Set]:
         "box": Set(
             optax_clip.box(-0.2, 0.3),
             each(lambda x: np.clip(x, -0.2, 0.3)),
-            lambda tree: given.projection_box(tree, -0.2, 0.3),
+            per_leaf(lambda x: given.projection_box(x, -0.2, 0.3)),
         ),
         "callable": Set(
             lambda tree: given.projection_l2_ball(tree, 1.5),

@@ -158,12 +158,13 @@ def constrained(
         ...         updates, state = tx.update(gradient, state, params)
         ...         return (optax.apply_updates(params, updates), state), None
         ...     start = jnp.zeros(2)
-        ...     return jnp.round(jax.lax.scan(step, (start, tx.init(start)), None, 2000)[0][0], 3)
+        ...     (params, _), _ = jax.lax.scan(step, (start, tx.init(start)), None, 2000)
+        ...     return [f"{x:.3f}" for x in params]
         >>> adam = optax.adam(optax.cosine_decay_schedule(0.1, 2000))
         >>> print(solve(constrained(adam, ball)))
-        [0.83  0.558]
+        ['0.804', '0.594']
         >>> print(solve(optax.chain(adam, project_weights(ball))))
-        [0.707 0.707]
+        ['0.716', '0.698']
     """
     mapping = "mapping" if name == "project" else f"{name}_mapping"
     return optax.chain(

@@ -23,7 +23,12 @@ def mask_outward(
     r"""Take out the gradient of weights that sit at a bound and would be pushed further out.
 
     First in a chain that ends with `project_weights` on the same box. Without it momentum winds up while
-    a weight is held at its bound, and holds it there after the gradient has turned.
+    a weight is held at its bound, and holds it there after the gradient has turned. It is what
+    `gradient_mapping`, which takes every set, does in a box, with a wall that is felt only when it is
+    reached.
+
+    The gradient has to be one that will be *subtracted*: where updates are added (a negative learning
+    rate, ``flip_sign=False``, ascent in a multiplier) put ``optax.scale(-1)`` before this transform.
 
     .. math:: g_i \leftarrow 0 \;\text{ where } P(w_i - \infty\, \mathrm{sign}(g_i)) = w_i
 
