@@ -175,8 +175,7 @@ DEARER_IN_TRAINING = {(TPU, "adaptive_grad_clip, local"): 0.5}
 
 @functools.cache
 def trained(chip: str, dtype: str, contender: Peer) -> dict[str, float]:
-    with mock.patch.object(jax, "device_count", lambda: 1):
-        return training_step.measure(contender, chip, dtype, NETWORKS[chip])
+    return training_step.measure(contender, chip, dtype, NETWORKS[chip])
 
 
 def most_in_training(chip: str, dtype: str, name: str) -> Limits:
