@@ -44,6 +44,7 @@ MORE_KEYS = {
     "skip_spikes, value rule": ("value", "value_threshold"),
 }
 KEYS["outward"] = {"fraction": jnp.float32, "steps": jnp.int32}
+KEYS["mapping"] = KEYS["outward"]
 MOST = 2**31 - 1
 
 # Norm 5 against a limit of 2.5, so half of it is left.
@@ -87,6 +88,8 @@ def test_names_and_dtypes(row):
     wanted |= {f"{name}/{key}": jnp.float32 for key in MORE_KEYS.get(row.id, ())}
     if name == "project" and not row.elementwise:  # what bounds each entry knows of no distance
         wanted["project/distance"] = jnp.float32
+    if row.id == "constrained":
+        wanted |= {f"mapping/{key}": dtype for key, dtype in KEYS["mapping"].items()}
     with jax.numpy_dtype_promotion(row.promotion):
         params = {"w": jnp.ones((2, 2))}
         tx = row.make()
