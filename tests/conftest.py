@@ -10,8 +10,6 @@ from pathlib import Path
 
 # Read when jax starts its backend, so they are set before anything imports it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# A program is compiled once, by whichever test and worker comes first, and not again in the next run.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
 
 import chex
 import hypothesis
@@ -31,7 +29,10 @@ gc.set_threshold(20_000, 20, 20)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+# A program is compiled once, by whichever test and worker comes first, and not again in the next run.
+cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
+jax.config.update("jax_compilation_cache_dir", cache)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # The first example of a test compiles, so a deadline would only measure XLA.
