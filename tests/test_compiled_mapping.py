@@ -1,4 +1,4 @@
-"""What a gradient mapping costs on an H100 and on a TPU, as their compilers say, beside the projection."""
+"""What a gradient mapping adds to a projection on an H100 and on a TPU, as their compilers say."""
 
 from unittest import mock
 
@@ -13,7 +13,7 @@ from benchmarks.overheads import ADAM
 if reason := _chips.missing():
     pytest.skip(reason, allow_module_level=True)
 
-# Weights and gradients are read for two norms and a cosine, and the weights once more; a box sums nothing.
+# Weights and gradients are read for two norms and a cosine, the weights once more; a box sums nothing.
 MORE = {"ball": (oc.norm_ball(2.0), 3.05), "box": (oc.box(-0.01, 0.02), 0.05)}
 
 
