@@ -23,7 +23,7 @@ def draw(rows: list[Row], out: Path) -> bool:
     panels = figure.subplots(lines, COLUMNS, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, name in zip(panels, names, strict=False):
         axes.set_title(name, fontsize=10)
-        axes.set(xscale="log", yscale="log", ylim=(LEAST / 2, 30))
+        axes.set(xscale="log", yscale="log", ylim=(LEAST / 2, 3))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         for row in rows:
@@ -38,7 +38,7 @@ def draw(rows: list[Row], out: Path) -> bool:
         panels[-1].plot([], [], color=colour, label=optimizer)
     for label, style in (("constrained", "-"), ("project_weights alone", ":")):
         panels[-1].plot([], [], style, color="black", label=label)
-    figure.legend(loc="outside lower center", ncols=len(optimizers) + 2, frameon=False, fontsize=9)
+    figure.legend(loc="outside upper center", ncols=len(optimizers) + 2, frameon=False, fontsize=9)
     figure.supxlabel("step", fontsize=9.5)
     figure.supylabel("loss over the constrained minimum, minus 1", fontsize=9.5)
     figure.savefig(out)

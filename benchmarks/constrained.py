@@ -71,9 +71,9 @@ def flat(project: Callable[[np.ndarray, float], np.ndarray], size: float) -> Cal
     return each(lambda x: project(x.ravel(), size).reshape(x.shape))
 
 
-def exact_capped(x: np.ndarray, total: float, upper: float) -> np.ndarray:
+def exact_capped(x: np.ndarray, total: float, upper: Any) -> np.ndarray:
     """The nearest point of the simplex with a cap, by bisection."""
-    low, high = x.min() - upper, x.max()
+    low, high = x.min() - np.max(upper), x.max()
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if np.clip(x - middle, 0, upper).sum() > total else (low, middle)
