@@ -56,7 +56,7 @@ accelerators: $(ACCELERATORS)/.accelerators  ## count what is moved and sent on 
 	$(ACCELERATORS)/bin/python -m benchmarks --only compiled collectives
 
 test-accelerators: $(ACCELERATORS)/.accelerators  ## hold what is compiled for them to its limits
-	$(ACCELERATORS)/bin/python -m pytest $(PYTEST_ARGS) tests/test_compiled.py
+	$(ACCELERATORS)/bin/python -m pytest $(PYTEST_ARGS) tests/test_compiled.py tests/test_compiled_mapping.py
 
 notebooks: $(VENV)/.notebooks  ## run the notebooks in their fast setting, and leave them as they are
 	NOTEBOOKS_FAST=1 $(NBMAKE) notebooks
