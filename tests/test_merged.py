@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import optax_clip as oc
@@ -16,7 +15,11 @@ import optax_clip as oc
 )
 def test_large_leaves_of_two_dtypes(tx):
     with jax.enable_x64(True):
-        grads = {"a": jnp.ones(70_000), "b": jnp.ones(70_001, jnp.float32), "c": jnp.ones(3, jnp.float32)}
+        grads = {
+            "a": jnp.ones(70_000),
+            "b": jnp.ones(70_001, jnp.float32),
+            "c": jnp.ones(3, jnp.float32),
+        }
         updates, state = tx.update(grads, tx.init(grads))
         got = oc.metrics(state)
     assert [x.dtype for x in updates.values()] == [x.dtype for x in grads.values()]
@@ -33,3 +36,30 @@ def test_updates_in_another_dtype_than_the_weights(constraint):
     end = np.asarray(params, np.float64) + np.asarray(landed, np.float64)
     assert oc.violation(jnp.asarray(end, jnp.bfloat16), constraint) == 0
     assert float(oc.metrics(state)["project/fraction"]) == 1
+
+
+def capped(columns, total, caps):
+    """The projection of each column, by halving in float64."""
+    low, high = columns.min(0) - np.max(caps) - total, columns.max(0)
+    for _ in range(200):
+        middle = (low + high) / 2
+        more = np.clip(columns - middle, 0, caps).sum(0) > total
+        low, high = np.where(more, middle, low), np.where(more, high, middle)
+    return np.clip(columns - low, 0, caps)
+
+
+@pytest.mark.parametrize("spread", [0.1, 1e5])
+def test_capped_simplexes_where_many_bends_meet(spread, rng=np.random.default_rng(0)):
+    columns = np.float32(rng.integers(-10, 11, size=(5, 2000)) * spread)
+    caps = np.float32(rng.integers(2, 6, size=(5, 1)) / 8 + 0.125)
+    constraint = oc.simplex(1.0, upper=jnp.asarray(caps), scope="unit")
+    found = np.asarray(jax.jit(oc.project, static_argnums=1)(columns, constraint), np.float64)
+    np.testing.assert_allclose(found, capped(np.float64(columns), 1.0, caps), atol=5e-7)
+    assert np.all(found <= caps)
+
+
+def test_capped_simplex_of_entries_that_nothing_reaches():
+    columns = jnp.array([[-jnp.inf, 1.0, 2.0], [1e38, 1e38, 0.0], [3e38, 3e38, -3e38]]).T
+    found = oc.project(columns, oc.simplex(1.0, upper=0.75, scope="unit"))
+    want = [[0, 0.25, 0.75], [0.5, 0.5, 0], [0.5, 0.5, 0]]
+    np.testing.assert_allclose(found.T, want, atol=1e-6)
