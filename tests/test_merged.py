@@ -49,7 +49,8 @@ def capped(columns, total, caps):
 
 
 @pytest.mark.parametrize("spread", [0.1, 1e5])
-def test_capped_simplexes_where_many_bends_meet(spread, rng=np.random.default_rng(0)):
+def test_capped_simplexes_where_many_bends_meet(spread):
+    rng = np.random.default_rng(0)
     columns = np.float32(rng.integers(-10, 11, size=(5, 2000)) * spread)
     caps = np.float32(rng.integers(2, 6, size=(5, 1)) / 8 + 0.125)
     constraint = oc.simplex(1.0, upper=jnp.asarray(caps), scope="unit")
@@ -63,3 +64,31 @@ def test_capped_simplex_of_entries_that_nothing_reaches():
     found = oc.project(columns, oc.simplex(1.0, upper=0.75, scope="unit"))
     want = [[0, 0.25, 0.75], [0.5, 0.5, 0], [0.5, 0.5, 0]]
     np.testing.assert_allclose(found.T, want, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        oc.norm_ball(oc.initial(0.0)),
+        oc.norm_ball(oc.initial(0.0), ord=1),
+        oc.norm_ball(oc.initial(0.0), ord=np.inf),
+        oc.norm_sphere(oc.initial(0.0)),
+        oc.init_box(0.0),
+    ],
+    ids=repr,
+)
+def test_nothing_of_the_start_is_nothing(constraint):
+    params, updates = jnp.array([3.0, 4.0]), jnp.array([1.0, -1.0])
+    tx = oc.project_weights(constraint)
+    landed, _ = tx.update(updates, tx.init(params), params)
+    assert (params + landed).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_a_weight_that_is_not_finite_keeps_its_gradient(broken):
+    tx = oc.gradient_mapping(oc.box(-1.0, 1.0))
+    params = jnp.array([broken, 1.0])
+    grads = jnp.array([-2.0, -3.0])
+    mapped, state = tx.update(grads, tx.init(params), params)
+    assert mapped.tolist() == [-2, 0]
+    assert float(oc.metrics(state)["mapping/fraction"]) == 0.5
