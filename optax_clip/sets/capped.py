@@ -163,7 +163,8 @@ def _search(cut: Cut, xs: list[Array], caps: list[Array], peaks: Cells, goals: C
         point = _step(cut, xs, caps, [peaks], goals, at.thetas)
         halve = at.turn % 3 == 2
         rows = [_halved(halve, *row) for row in zip(*at[:6], *point, goals, strict=True)]
-        return _Bracket(*map(list, zip(*rows, strict=True)), turn=at.turn + 1)
+        columns: list[Any] = list(map(list, zip(*rows, strict=True)))
+        return _Bracket._make([*columns, at.turn + 1])
 
     def unsettled(at: _Bracket) -> Array:
         settled = all_devices_agree(functools.reduce(operator.and_, map(jnp.all, at.done)))

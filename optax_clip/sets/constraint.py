@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from optax_clip import _settings, _validate
 from optax_clip._landing import add_as_apply_updates
 from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes, varying_axes
-from optax_clip._numerics import accumulator, widen
+from optax_clip._numerics import accumulator, as_dtype, widen
 from optax_clip._settings import Initial, Setting
 from optax_clip._trees import Cells, Scopes
 from optax_clip._validate import AxisName, Groups, Ord, Scope
@@ -226,7 +226,9 @@ class NormBounds(NamedTuple):
     def free(self, name: str, bound: Array) -> Array:
         """Is a scope left free, since it was 0 at the start?"""
         value: Any = self.settings[name]
-        return (bound == 0) & (isinstance(value, Initial) and value.kappa > 0)
+        relative: Any = isinstance(value, Initial) and as_dtype(value.kappa, bound.dtype) > 0
+        free: Array = (bound == 0) & relative
+        return free
 
 
 def _at_start(scopes: Scopes, memory: Array, like: Cells, ord: Ord) -> Cells:
