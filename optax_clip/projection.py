@@ -239,7 +239,7 @@ def at_bounds(
     scopes, us = Scopes.of(updates, "leaf", axis_name=(), beside=params)
     ps = scopes.leaves_of(params, of="project_weights")
     bounds: Any = constraint.bounds
-    ends: list[Any] = [optax.apply_updates(p, u) for p, u in zip(ps, us, strict=True)]
+    ends = [_applied(p, u) for p, u in zip(ps, us, strict=True)]
     pairs = zip(ends, bounds(scopes.alone(ps), memory, params), strict=True)
     counts = [_xla.count_outside(end, *_reached(end, *pair), at=True) for end, pair in pairs]
     (number,) = _over_all(constraint.axis_name, ps, counts)
@@ -350,13 +350,19 @@ def _moves(how: _How, ps: list[Array], reached: list[Array], new: list[Array]) -
 
 def _gap(reached: Array, p: Array, new: Array) -> tuple[Array, Array]:
     """The square of how far an entry was moved, and whether it was."""
-    end: Any = optax.apply_updates(p, new)
     wide = accumulator([p])
-    s, end = widen(reached, wide), widen(end, wide)
+    s, end = widen(reached, wide), widen(_applied(p, new), wide)
     if p.dtype == jnp.bfloat16:
         end = lax.reduce_precision(end, 8, 7)  # XLA may keep more
     gap = jnp.abs(s - end) if jnp.iscomplexobj(s) else s - end
     return gap * gap, (s != end).astype(wide)
+
+
+def _applied(p: Array, u: Array) -> Array:
+    """As Optax writes it, also where JAX is told to refuse sums of two dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        end: Any = optax.apply_updates(p, u)
+    return jnp.asarray(end)
 
 
 def _over_all(axis_name: Any, ps: Sequence[Array], *columns: Sequence[Array]) -> list[Array]:

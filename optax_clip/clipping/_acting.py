@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
@@ -188,7 +189,7 @@ def _joined(scopes: Scopes, parts: Sequence[_Part], each: Sequence[Cells]) -> Ce
     if len(parts) == 1:
         return each[0]
     values = _in_order(parts, [part.scopes.per_leaf(x) for part, x in zip(parts, each, strict=True)])
-    widest = jnp.result_type(*(x.dtype for x in values))
+    widest = np.result_type(*(x.dtype for x in values))
     # Behind barriers: in a kernel with the factors of a leaf the rest would make these wait.
     return scopes.cells([lax.optimization_barrier(x.astype(widest)) for x in values])
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array, lax
 
@@ -221,7 +222,8 @@ def _pooled(norms: list[Array]) -> Array:
     """The norm of what has these norms."""
     if len(norms) == 1:
         return norms[0]
-    return global_norm([x.astype(jnp.result_type(*norms)) for x in norms], axis_name=())
+    widest = np.result_type(*(x.dtype for x in norms))
+    return global_norm([x.astype(widest) for x in norms], axis_name=())
 
 
 def _alone(lower: Any, high: Any) -> list[tuple[Any, Any]]:

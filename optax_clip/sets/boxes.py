@@ -169,7 +169,8 @@ def init_box(kappa: ArrayLike, *, axis_name: AxisName = None) -> Constraint:
         del beside
         scopes, xs = Scopes.of(params, "leaf", axis_name)
         require_real(scopes, xs, of="box")
-        highs = [jnp.where(memory[i] == 0, jnp.inf, memory[i]) for i in scopes.places]
+        free = jnp.where(as_dtype(kappa, jnp.float32) > 0, jnp.float32(jnp.inf), 0)
+        highs = [jnp.where((memory[i] == 0) | (free == 0), free, memory[i]) for i in scopes.places]
         return [inwards(x, -high, high) for x, high in zip(xs, highs, strict=True)]
 
     raises = no_start("kappa", kappa)

@@ -137,50 +137,55 @@ class _Bracket(NamedTuple):
     turn: Array
 
 
-_TURNS = 80  # as many halvings as there are numbers between two bounds
+_TURNS = 100  # a third of them halves the room for θ, beyond what a float32 can tell
 
 
 def _search(cut: Cut, xs: list[Array], caps: list[Array], peaks: Cells, goals: Cells) -> Cells:
     """θ measured from the largest entry: Newton's step where it stays between the bounds, else half way.
 
-    A scope is done when two steps see the same entries above 0 and at their caps.
+    A scope is done when a step of Newton's sees the same entries above 0 and at their caps as the one
+    before: to the same numbers half way the sum need not be straight. Where a step goes up at one end
+    of a bend and down at the other, Newton's go back and forth for ever, so each third one is half way.
     """
     wide = cut.wide(xs)
     lowest = cut.scopes.max([jnp.where(x > -jnp.inf, -x, -jnp.inf) for x in wide], initial=-jnp.inf)
-    tallest = cut.scopes.max([cap + 0 * x for x, cap in zip(wide, caps, strict=True)])
+    # Not of an entry of -inf, which stays at 0.
+    rising = [jnp.where(x > -jnp.inf, cap, 0) for x, cap in zip(wide, caps, strict=True)]
+    tallest, most = cut.scopes.max(rising), float(jnp.finfo(wide[0].dtype).max)
+    start = [-jnp.minimum(cap, goal) for cap, goal in zip(tallest, goals, strict=True)]
     lows = [
-        -low - peak - jnp.minimum(cap, goal)
-        for low, peak, cap, goal in zip(lowest, peaks, tallest, goals, strict=True)
+        jnp.maximum(-low - peak + step, -most)
+        for low, peak, step in zip(lowest, peaks, start, strict=True)
     ]
     zeros = [0 * peak for peak in peaks]
 
     def body(at: _Bracket) -> _Bracket:
         point = _step(cut, xs, caps, [peaks], goals, at.thetas)
-        rows = [_halved(*row) for row in zip(*at[:6], *point, goals, strict=True)]
-        thetas, lows, highs, done = map(list, zip(*rows, strict=True))
-        return _Bracket(lows, highs, thetas, point.above, point.full, done, at.turn + 1)
+        halve = at.turn % 3 == 2
+        rows = [_halved(halve, *row) for row in zip(*at[:6], *point, goals, strict=True)]
+        columns: list[Any] = list(map(list, zip(*rows, strict=True)))
+        return _Bracket._make([*columns, at.turn + 1])
 
     def unsettled(at: _Bracket) -> Array:
         settled = all_devices_agree(functools.reduce(operator.and_, map(jnp.all, at.done)))
         return ~settled & (at.turn < _TURNS)
 
-    middle = [low / 2 for low in lows]
     nowhere = [zero - 1 for zero in zeros]
-    start = _Bracket(lows, zeros, middle, nowhere, nowhere, [z > 0 for z in zeros], jnp.int32(0))
-    found: _Bracket = lax.while_loop(unsettled, body, start)
+    first = _Bracket(lows, zeros, start, nowhere, nowhere, [z > 0 for z in zeros], jnp.int32(0))
+    found: _Bracket = lax.while_loop(unsettled, body, first)
     return found.thetas
 
 
 def _halved(
-    low: Array, high: Array, theta: Array, above: Array, full: Array, done: Array,
+    halve: Array, low: Array, high: Array, theta: Array, above: Array, full: Array, done: Array,
     moved: Array, got: Array, now_above: Array, now_full: Array, goal: Array,
-) -> tuple[Array, Array, Array, Array]:  # fmt: skip
-    """The next θ of a scope, its bounds, and whether it is found."""
+) -> tuple[Array, ...]:  # fmt: skip
+    """The bounds of a scope, its next θ, what the step saw if it was one of Newton's, and is θ found?"""
     more = got > goal
     low, high = jnp.where(more, theta, low), jnp.where(more, high, theta)
-    some = now_above > now_full
-    same = (above == now_above) & (full == now_full)
-    between = (moved >= low) & (moved <= high) & some
-    found = same & between | (got == goal)
-    new = jnp.where(between | found, moved, low + (high - low) / 2)
-    return jnp.where(done, theta, new), low, high, done | found
+    between = (moved >= low) & (moved <= high) & (now_above > now_full)
+    found = between & (above == now_above) & (full == now_full) | (got == goal)
+    straight = between & ~halve | found
+    new = jnp.where(straight, moved, low + (high - low) / 2)
+    seen = (jnp.where(straight, n, -1) for n in (now_above, now_full))
+    return low, high, jnp.where(done, theta, new), *seen, done | found

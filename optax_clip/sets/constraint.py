@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from optax_clip import _settings, _validate
 from optax_clip._landing import add_as_apply_updates
 from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes, varying_axes
-from optax_clip._numerics import accumulator, widen
+from optax_clip._numerics import accumulator, as_dtype, widen
 from optax_clip._settings import Initial, Setting
 from optax_clip._trees import Cells, Scopes
 from optax_clip._validate import AxisName, Groups, Ord, Scope
@@ -196,7 +196,7 @@ class NormBounds(NamedTuple):
             return [jnp.maximum(x, 0) if isinstance(x, Array) else x for x in given]
         like = [norm.root for norm in measure(scopes, xs, self.ord)]
         highs = self.read(name, scopes, xs, like, memory)
-        return scopes.per_leaf([jnp.where(high == 0, jnp.inf, high) for high in highs])
+        return scopes.per_leaf([jnp.where(self.free(name, high), jnp.inf, high) for high in highs])
 
     def cut(
         self, params: optax.Params, beside: Any = None, *updates: optax.Updates
@@ -208,7 +208,7 @@ class NormBounds(NamedTuple):
         return scopes, xs, measure(scopes, xs, self.ord, *others, read=read)
 
     def read(self, name: str, scopes: Scopes, xs: Sequence[Array], like: Cells, memory: Any) -> Cells:
-        """One bound, cell by cell; NaN where it is relative to a norm of 0."""
+        """One bound, cell by cell; 0 where it is relative to a norm of 0."""
         value: Any = self.settings[name]
         if not isinstance(value, Initial):
             return _settings.per_scope(scopes, xs, like, **{name: value})
@@ -225,7 +225,10 @@ class NormBounds(NamedTuple):
 
     def free(self, name: str, bound: Array) -> Array:
         """Is a scope left free, since it was 0 at the start?"""
-        return (bound == 0) & isinstance(self.settings[name], Initial)
+        value: Any = self.settings[name]
+        relative: Any = isinstance(value, Initial) and as_dtype(value.kappa, bound.dtype) > 0
+        free: Array = (bound == 0) & relative
+        return free
 
 
 def _at_start(scopes: Scopes, memory: Array, like: Cells, ord: Ord) -> Cells:

@@ -113,7 +113,7 @@ def _clipped(w: Array, g: Array, low: Array, high: Array, reach: Array) -> tuple
     ahead = w - scale(lax.stop_gradient(jnp.sign(g)), size)
     end = clamp(ahead, low, high)
     left = scale(w - end, 1 / size, jnp.abs(g))
-    return left, (end != ahead) & jnp.isfinite(g)
+    return left, (end != ahead) & jnp.isfinite(g) & jnp.isfinite(w)
 
 
 # --- Norm sets -----------------------------------------------------------------------------------
@@ -129,9 +129,8 @@ def by_norms(
     dtype = accumulator([*ws, *gs])
     triangles = _triangles(scopes, [widen(w, dtype) for w in ws], [widen(g, dtype) for g in gs])
     roots = [t.size.root for t in triangles]
-    highs = bounds.read(upper, scopes, ws, roots, memory)
+    lows, highs = bounds.both(lower, upper, scopes, ws, roots, memory)
     highs = [jnp.where(bounds.free(upper, high), jnp.inf, high) for high in highs]
-    lows = bounds.read(lower, scopes, ws, roots, memory) if lower else [0 * root for root in roots]
     each = zip(triangles, scopes.counts, lows, highs, strict=True)
     plans = [t.plan(n, low, high, reach.astype(dtype)) for t, n, low, high in each]
     # Behind a barrier: compilers would else form the factors anew for each entry.
