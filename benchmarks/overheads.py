@@ -48,6 +48,10 @@ def weights(label: str, constraint: optax_clip.Constraint, peer: Peer | None = N
     return Case(label, optax.chain(ADAM, optax_clip.project_weights(constraint)), peer)
 
 
+def arriving(label: str, constraint: optax_clip.Constraint) -> Case:
+    return Case(f"constrained, {label}", optax_clip.constrained(ADAM, constraint))
+
+
 def clipped(name: str, clip: optax.GradientTransformation) -> Peer:
     return Peer(f"optax.{name}", optax.chain(clip, ADAM))
 
@@ -186,6 +190,9 @@ def cases() -> Iterator[Case]:
         optax_clip.simplex(),
         Peer("projection_simplex per leaf", finish=per_leaf(on_simplex)),
     )
+    yield before("gradient_mapping, norm_ball", optax_clip.gradient_mapping(optax_clip.norm_ball(2.0)))
+    yield arriving("norm_ball", optax_clip.norm_ball(2.0))
+    yield arriving("box", optax_clip.box(-0.01, 0.02))
     yield Case("qk_clip", optax.chain(ADAM, by_logits()))
     yield weights("spectral_ball, power_iterations=1", optax_clip.spectral_ball(0.5, power_iterations=1))
 

@@ -10,7 +10,7 @@ import optax
 from jax import Array, lax
 
 from optax_clip import _owners, _validate, _xla
-from optax_clip._landing import add_as_apply_updates, land, land_between
+from optax_clip._landing import add_as_apply_updates, as_stored, land, land_between
 from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes, together
 from optax_clip._numerics import accumulator, clamp, widen
 from optax_clip._records import Report, increment, transform
@@ -111,7 +111,15 @@ def violation(params: optax.Params, constraint: ConstraintLike, *, mask: Mask | 
     wanted = as_constraint(constraint)
     part = params if mask is None else _part(params, mask)[1]
     _floats_given(part)
-    return wanted.excess(part)
+    return wanted.excess(jax.tree.map(_as_stored, part))
+
+
+def _as_stored(x: Any) -> Any:
+    """Right after an update XLA hands on the sum as it was before it was rounded to 16 bits."""
+    if not is_inexact(x) or jnp.finfo(jnp.asarray(x).dtype).bits != 16:
+        return x
+    x = jnp.asarray(x)
+    return as_stored(x.astype(jnp.float32), x.dtype).astype(x.dtype)
 
 
 def _floats_given(params: Any) -> None:

@@ -39,6 +39,58 @@ def page(heading):
     return names(f"sharp_edges: {heading}")
 
 
+# --- Line searches -------------------------------------------------------------------------------
+
+
+def rosenbrock(w):
+    return jnp.sum((1 - w[:-1]) ** 2 + 100 * (w[1:] - w[:-1] ** 2) ** 2)
+
+
+def quadratic(w):
+    return jnp.sum(jnp.array([1.0, 4.0, 9.0, 2.0]) * (w - jnp.array([3.0, -1.0, 2.0, 0.2])) ** 2) / 2
+
+
+def minimised(loss, inner, constraint, value_and_grad, steps):
+    """The loss at the end, from weights of 0."""
+    tx = optax.chain(inner, project_weights(constraint))
+
+    def step(carry, _):
+        w, state = carry
+        value, grad = value_and_grad(w, state=state)
+        updates, state = tx.update(grad, state, w, value=value, grad=grad, value_fn=loss)
+        return (optax.apply_updates(w, updates), state), None
+
+    w = jnp.zeros(4)
+    (w, _), _ = jax.jit(lambda: jax.lax.scan(step, (w, tx.init(w)), None, steps))()
+    return float(loss(w))
+
+
+def afresh(loss):
+    return lambda w, state: jax.value_and_grad(loss)(w)
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("standard_promotion")
+def test_lbfgs_with_what_it_remembers():
+    """It becomes NaN, sooner or later as the last bits are."""
+    ways = optax.value_and_grad_from_state(rosenbrock), afresh(rosenbrock)
+    stale, fresh = (minimised(rosenbrock, optax.lbfgs(), box(-2.0, 0.5), way, 300) for way in ways)
+    assert np.isfinite(fresh)
+    assert not stale < 2 * fresh
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize(
+    "learned", [optax.contrib.dadapt_adamw, lambda: optax.contrib.mechanize(optax.sgd(0.1))]
+)
+def test_learned_rates_do_not_arrive_in_a_box(learned):
+    bounds, steps = box(-0.5, 0.5), 1000
+    best = float(quadratic(jnp.array([0.5, -0.5, 0.5, 0.2])))
+    found = minimised(quadratic, learned(), bounds, afresh(quadratic), steps)
+    assert np.isnan(found) if learned is optax.contrib.dadapt_adamw else found > best + 0.05
+    assert minimised(quadratic, optax.sgd(0.1), bounds, afresh(quadratic), steps) < best + 1e-5
+
+
 # --- Schedule-free -------------------------------------------------------------------------------
 
 
