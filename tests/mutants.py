@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -125,25 +126,25 @@ MUTANTS = (
            "        functools.reduce(combine, lax.optimization_barrier(list(parts)))\n    )",
            "whole: Array = functools.reduce(combine, list(parts))"),
     # Meshes.
-    Mutant("thresholds/engine.py", "mesh/test_meshes.py mesh/test_sharding.py",
+    Mutant("thresholds/engine.py", "mesh/test_sharding.py -k smallest_limit",
            "each = all_reduce(each, [varying_axes(x) for x in each], lax.pmax)",
            "each = list(each)"),
-    Mutant("sets/simplexes.py", "mesh/test_meshes.py -k 'shard_map or axis_name'",
+    Mutant("sets/simplexes.py", "mesh/test_meshes.py -k 'whole_units and simplex'",
            "all_devices_agree(functools.reduce(operator.and_, same))",
            "functools.reduce(operator.and_, same)"),
-    Mutant("sets/capped.py", "mesh/test_meshes.py -k 'shard_map or axis_name'",
+    Mutant("sets/capped.py", "mesh/test_meshes.py -k 'whole_units and upper'",
            "all_devices_agree(functools.reduce(operator.and_, map(jnp.all, at.done)))",
            "functools.reduce(operator.and_, map(jnp.all, at.done))"),
-    Mutant("_mesh.py", "mesh/test_sharding.py",
+    Mutant("_mesh.py", "mesh/test_sharding.py -k axes_are_read",
            "if names:\n            same =",
            "if False:\n            same ="),
-    Mutant("_mesh.py", "mesh/test_sharding.py",
+    Mutant("_mesh.py", "mesh/test_sharding.py -k axes_are_read",
            "(*given, *(a for a in varying_axes(x) if a not in given))",
            "given"),
     Mutant("_mesh.py", "mesh/test_contract_on_meshes.py -k committed",
            "sharding = NamedSharding(sharding.mesh, PartitionSpec())",
            "pass"),
-    Mutant("_mesh.py", "mesh/test_meshes.py mesh/test_layouts.py",
+    Mutant("_mesh.py", "mesh/test_meshes.py -k 'gathered and unit and Auto'",
            "return jax.device_count() > 1",
            "return False"),
     Mutant("_mesh.py", "test_layout.py",
@@ -155,10 +156,10 @@ MUTANTS = (
     Mutant("_mesh.py", "mesh/test_layouts.py -k whole_beside_split",
            "return jax.sharding.reshard(x, sharding), jax.sharding.reshard(y, sharding)",
            "return x, y"),
-    Mutant("_records.py", "mesh/test_meshes.py mesh/test_signals.py",
+    Mutant("_records.py", "mesh/test_signals.py -k metrics_over",
            "all_reduce(counts, axes, lax.psum), jnp.float32(0))",
            "counts, jnp.float32(0))"),
-    Mutant("rescaling.py", "mesh/test_signals.py",
+    Mutant("rescaling.py", "mesh/test_signals.py -k maximum_over",
            "all_reduce(leaves, [names] * len(leaves), lax.pmax)",
            "leaves"),
     # Clips.
@@ -380,8 +381,10 @@ def _first_to_fall(tests: list[str], folder: Path, *, full: bool) -> str | None:
     pytest = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider"]
     command = [*pytest, "-m", "full" if full else "not full", *tests]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    if done.returncode > 2:  # not that a test fell, nor that a file of them does
-        raise SystemExit(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
+    if done.returncode == -signal.SIGABRT:  # XLA's, of devices that wait for each other
+        return f"{shlex.join(tests)}, which is aborted"
+    if done.returncode not in (0, 1, 2):  # no such tests, pytest itself breaks, or somebody ended it
+        raise SystemExit(f"{shlex.join(command)}: {done.returncode}\n{done.stdout}{done.stderr}")
     found = re.search(r"^(?:FAILED|ERROR) (\S.*?)(?: - |$)", done.stdout, re.MULTILINE)
     return found and found[1]
 
@@ -409,7 +412,7 @@ def _broken(chosen: list[Mutant], seen: list[str | None], folder: Path) -> list[
     """Of the tests that fell those that fall without a fault, which say nothing."""
     calls: dict[tuple[bool, bool], set[str]] = {}
     for mutant, test in zip(chosen, seen, strict=True):
-        if test:
+        if test and "::" in test:
             calls.setdefault((mutant.full, test.startswith("tests/mesh")), set()).add(test)
     falling = (_first_to_fall(sorted(tests), folder, full=full) for (full, _), tests in calls.items())
     return [f"{test} falls without a fault" for test in falling if test]
