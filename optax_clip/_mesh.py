@@ -103,9 +103,10 @@ def everywhere(x: Array) -> Array:
 
 
 def placed_like(x: Array, other: Array) -> Array:
-    """``x`` where another array of its shape is, on an explicit mesh."""
+    """``x`` where another array of its shape is, on an explicit mesh; one number for all is anywhere."""
     ours, theirs = (jax.typeof(each).sharding for each in (x, other))
-    return x if ours == theirs or not is_explicit(other) else jax.sharding.reshard(x, theirs)
+    there = ours == theirs or x.shape != other.shape
+    return x if there or not is_explicit(other) else jax.sharding.reshard(x, theirs)
 
 
 def together(xs: Sequence[Array], ys: Sequence[Array]) -> tuple[list[Array], list[Array]]:

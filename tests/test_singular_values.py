@@ -111,16 +111,18 @@ def test_not_finite_acts_on_the_whole_tree(policy, bad):
 
 
 def test_traced_limits():
-    x = matrices((5, 4))
+    """One that is NaN makes all NaN, vectors too, which no other limit concerns."""
+    x, bias = matrices((5, 4)), jnp.ones(4)
 
     def step(limit):
         tx = clip_singular_values(limit)
-        return tx.update(x, tx.init(x))[0]
+        return tx.update((x, bias), tx.init((x, bias)))[0]
 
-    found = jax.jit(jax.vmap(step))(jnp.array([-1.0, jnp.nan, 0.5]))
+    found, beside = jax.jit(jax.vmap(step))(jnp.array([-1.0, jnp.nan, 0.5]))
     assert np.all(found[0] == 0)
     assert np.all(np.isnan(found[1]))
     np.testing.assert_allclose(found[2], oracle(x, 0.5), rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(beside, np.array([1, np.nan, 1])[:, None] * np.ones(4))
 
 
 def test_schedule():

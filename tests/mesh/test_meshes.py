@@ -264,8 +264,9 @@ def test_one_device_alone_needs_the_careful_sum(size):
         lambda **more: project(oc.norm_ball(0.5, scope="unit", **more)),
         lambda **more: project(oc.norm_ball(0.5, ord=1, scope="unit", **more)),
         lambda **more: project(oc.simplex(1.0, scope="unit", **more)),
+        lambda **more: project(oc.simplex(1.0, upper=0.5, scope="unit", **more)),
     ],
-    ids=["clip, by a rule", "norm_ball", "norm_ball, 1", "simplex"],
+    ids=["clip, by a rule", "norm_ball", "norm_ball, 1", "simplex", "simplex, upper"],
 )
 def test_whole_units_on_each_device_beside_a_bias_in_parts(make):
     """Limits, flags and turns of a search differ between devices, and the metrics are of all."""
