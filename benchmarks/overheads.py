@@ -2,10 +2,13 @@
 
 Optax's projections are functions of the weights, of the whole tree as one vector: they are applied after
 `apply_updates`, leaf by leaf or unit by unit where ours acts so.
+
+    python -m benchmarks.overheads --only box "norm_ball, leaf"
 """
 
+import argparse
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -197,7 +200,7 @@ def cases() -> Iterator[Case]:
     yield weights("spectral_ball, power_iterations=1", optax_clip.spectral_ball(0.5, power_iterations=1))
 
 
-def run(*, smoke: bool) -> list[Row]:
+def run(*, smoke: bool, only: Sequence[str] = ()) -> list[Row]:
     side, matrices, rounds = (8, 1, 1) if smoke else (SIDE, MATRICES, ROUNDS)
     layer = {"kernel": (side, side), "bias": (side,)}
     shapes = {str(i): layer for i in range(matrices)}
@@ -207,7 +210,8 @@ def run(*, smoke: bool) -> list[Row]:
     print("as a multiple of Adam alone [quartiles]; Optax's projections come after apply_updates")
     line("", "Adam, ms", "ours", "Optax", "  with".ljust(36))
     alone = Step(ADAM, params, grads)
-    return [_row(case, alone, params, grads, rounds) for case in cases()]
+    chosen = [case for case in cases() if not only or case.label in only]
+    return [_row(case, alone, params, grads, rounds) for case in chosen]
 
 
 def _row(case: Case, alone: Step, params: Any, grads: Any, rounds: int) -> Row:
@@ -227,3 +231,14 @@ def _row(case: Case, alone: Step, params: Any, grads: Any, rounds: int) -> Row:
         "optimizer": "adam",
         **row,
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m benchmarks.overheads")
+    names = [case.label for case in cases()]
+    parser.add_argument("--only", nargs="+", choices=names, default=(), metavar="ROW")
+    run(smoke=False, only=parser.parse_args().only)
+
+
+if __name__ == "__main__":
+    main()
