@@ -322,7 +322,10 @@ def _rescaled(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Lande
     """By what is measured first: updates are written once, and the norms read them for themselves."""
     factors: Any = how.constraint.factors
     us = lax.optimization_barrier(us)
-    measured = factors(how.scopes.alone(ps), memory, how.params, how.scopes.alone(us))
+    # Symptom: a TPU writes p + u for the landing. XLA computes it once for both: each has its own read.
+    own = [lax.optimization_barrier(pair) for pair in zip(ps, us, strict=True)]
+    trees = [how.scopes.alone([pair[i] for pair in own]) for i in (0, 1)]
+    measured = factors(trees[0], memory, how.params, trees[1])
     reached = [add_as_apply_updates(p, u) for p, u in zip(ps, us, strict=True)]
     new = _landed(how, ps, us, measured.of(reached))
     return new, memory, measured.report() if how.record else ()
