@@ -106,7 +106,8 @@ def placed_like(x: Array, other: Array) -> Array:
     """``x`` where another array of its shape is, on an explicit mesh; one number for all is anywhere."""
     ours, theirs = (jax.typeof(each).sharding for each in (x, other))
     there = ours == theirs or x.shape != other.shape
-    return x if there or not is_explicit(other) else jax.sharding.reshard(x, theirs)
+    meet = is_explicit(x) and is_explicit(other)  # what no mesh holds yet goes where it is needed
+    return jax.sharding.reshard(x, theirs) if meet and not there else x
 
 
 def together(xs: Sequence[Array], ys: Sequence[Array]) -> tuple[list[Array], list[Array]]:
