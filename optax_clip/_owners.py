@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from optax_clip._mesh import inside_shard_map
 from optax_clip._trees import as_struct, flatten, is_inexact, shape_of
 from optax_clip._validate import Groups
 
@@ -97,16 +96,15 @@ def is_key(key: Any) -> bool:
     return _KEY.fullmatch(str(key)) is not None
 
 
-def require(old: str, owner: Owner, *, of: str) -> None:
-    """A name is that of a tree.
+def require(old: str, owner: Owner, *, of: str, in_parts: bool) -> None:
+    """A name is that of a tree, whose leaves may be in parts, of which only the paths are known.
 
-    Inside `jax.shard_map` leaves have the shapes of their parts; and of a leaf without update or
-    weights the shape is not known.
+    Of a leaf without update or weights the shape is not known either.
     """
     if old == owner.key:
         return
     count, paths, _, marks = _parts(old)
-    if paths == _parts(owner.key)[1] and (inside_shard_map() or _UNKNOWN in owner.contents):
+    if paths == _parts(owner.key)[1] and (in_parts or _UNKNOWN in owner.contents):
         return
     n, at = len(owner.paths), _first_difference(int(count), marks, owner)
     shape = owner.contents[at].strip() if at < n else ""

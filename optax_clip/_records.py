@@ -10,7 +10,7 @@ import optax
 from jax import Array, lax
 
 from optax_clip import _owners, _validate
-from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes
+from optax_clip._mesh import all_reduce, axis_size, inside_shard_map, place_like, reduction_axes
 from optax_clip._trees import flatten
 from optax_clip._validate import AxisName
 
@@ -94,6 +94,7 @@ def transform(
     remembers: bool = True,
     by_tree: bool = False,
     scope: Any = None,
+    axis_name: AxisName = None,
     parts: Callable[[Any], Mapping[str, str]] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """A transform from a step that reports.
@@ -109,11 +110,13 @@ def transform(
             `optax.EmptyState`, and any state is accepted.
         by_tree: whether the memory has a part under the name of its tree (`_owners.kept`).
         scope: of which the labels, if there are any, belong to that name.
+        axis_name: of mapped axes over which leaves may be in parts, of other shapes than ``init`` saw.
         parts: ``params -> {path or label: field}``, what is reported besides.
     """
     _validate.name(name=name)
     bare = not record and not remembers
-    layout = _Layout(name, fields, record, by_tree, scope, parts if record else None)
+    mapped = bool(_validate.axis_names(axis_name))
+    layout = _Layout(name, fields, record, by_tree, scope, mapped, parts if record else None)
 
     def first(params: optax.Params) -> Any:
         if bare:
@@ -142,6 +145,7 @@ class _Layout(NamedTuple):
     record: bool
     by_tree: bool
     scope: Any
+    mapped: bool
     parts: Callable[[Any], Mapping[str, str]] | None
 
     def zeros(self, params: optax.Params) -> dict[str, Any]:
@@ -191,7 +195,7 @@ class _Layout(NamedTuple):
             return
         owner = _owners.Owner.of(updates, self.scope, beside=params)
         for key in found:
-            _owners.require(key, owner, of=this)
+            _owners.require(key, owner, of=this, in_parts=self.mapped or inside_shard_map())
         if self.by_tree and owner.paths and not set(_owners.keys({"memory": state.memory})):
             raise ValueError(
                 f"Expected in update of {this} a state that remembers something of each of "

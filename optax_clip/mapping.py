@@ -101,7 +101,10 @@ def gradient_mapping(
         return scopes.rebuild(updates, new), memory, report
 
     fields = "share", "turns"
-    return transform(name, fields, init, step, record=record, remembers=by_tree, by_tree=by_tree)
+    return transform(
+        name, fields, init, step,
+        record=record, remembers=by_tree, by_tree=by_tree, axis_name=wanted.axis_name,
+    )  # fmt: skip
 
 
 def constrained(

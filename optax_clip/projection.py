@@ -234,7 +234,10 @@ def project_weights(
 
     fields = "share" if wanted.bounds else "moves", "turns"
     remembers = not always or by_tree
-    return transform(name, fields, init, step, record=record, remembers=remembers, by_tree=by_tree)
+    return transform(
+        name, fields, init, step,
+        record=record, remembers=remembers, by_tree=by_tree, axis_name=wanted.axis_name,
+    )  # fmt: skip
 
 
 def at_bounds(

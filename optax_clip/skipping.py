@@ -88,7 +88,10 @@ def skip_spikes(
     _validate.axis_name(axis_name=axis_name)
     _validate.record(record)
     fields = ("norms", "guarded", *["values"] * guard.reads_value)
-    return transform(name, fields, guard.init, guard.step, record=record, by_tree=guard.limit.by_tree)
+    return transform(
+        name, fields, guard.init, guard.step,
+        record=record, by_tree=guard.limit.by_tree, axis_name=axis_name,
+    )  # fmt: skip
 
 
 class _Judged(NamedTuple):

@@ -285,6 +285,7 @@ def _by_norm(
     return transform(
         name, ("norms", "counts"), init, step,
         record=bool(record), remembers=limits.remembers, by_tree=limits.by_tree, scope=scope,
+        axis_name=axis_name,
         parts=named and named.init,
     )  # fmt: skip
 

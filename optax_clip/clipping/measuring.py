@@ -81,7 +81,7 @@ def record_norms(
     fields, parts = ((field,), None) if scope == "global" else ((), reading.parts)
     return transform(
         name, fields, lambda params: (), reading.step,
-        record=record, remembers=False, scope=scope, parts=parts,
+        record=record, remembers=False, scope=scope, axis_name=reading.axis_name, parts=parts,
     )  # fmt: skip
 
 
