@@ -146,7 +146,9 @@ class Clipping(NamedTuple):
             kept = lax.optimization_barrier(finite)
             moved = [lax.select(kept, y, jnp.zeros_like(y)) for y in moved]
         leaves = _xla.select(xs, flags, moved)
-        shown = [jnp.broadcast_to(x, plan.over.shape) for x, plan in zip(limits, plans, strict=True)]
+        # Of a tree without scopes the limit is still one.
+        pairs = zip(limits, plans, strict=True)
+        shown = [jnp.broadcast_to(x, p.over.shape) if p.over.size else x for x, p in pairs]
         return _Done(
             leaves, memory, shown, [plan.over for plan in plans], [plan.after for plan in plans]
         )
