@@ -151,7 +151,7 @@ def _search(cut: Cut, xs: list[Array], caps: list[Array], peaks: Cells, goals: C
     lowest = cut.scopes.max([jnp.where(x > -jnp.inf, -x, -jnp.inf) for x in wide], initial=-jnp.inf)
     # Not of an entry of -inf, which stays at 0.
     rising = [jnp.where(x > -jnp.inf, cap, 0) for x, cap in zip(wide, caps, strict=True)]
-    tallest, most = cut.scopes.max(rising), float(jnp.finfo(wide[0].dtype).max)
+    tallest, most = cut.scopes.max(rising), float(jnp.finfo(accumulator(wide)).max)
     start = [-jnp.minimum(cap, goal) for cap, goal in zip(tallest, goals, strict=True)]
     lows = [
         jnp.maximum(-low - peak + step, -most)
