@@ -154,6 +154,7 @@ NOT_FROM_ZEROS = {
     "clip_by_norm, rule",
     "clip_by_norm, rule, unit",
     "spectral_ball, power",
+    "gradient_mapping, init_box",
 }
 
 
