@@ -16,7 +16,8 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo sweep check test test-full mutants test-clients bench accelerators test-accelerators notebooks notebooks-full
+.PHONY: help demo sweep check test test-oldest test-full mutants test-clients bench accelerators
+.PHONY: test-accelerators notebooks notebooks-full
 .PHONY: docs dist doctest lint types format dev clean
 
 help:  ## list the targets
@@ -34,6 +35,14 @@ check: $(VENV)/.test  ## see that it works: the README's examples and the quick 
 test: $(VENV)/.test  ## run the tests of what everything means, in minutes
 	$(QUICKLY) $(BIN)/python -m pytest $(PYTEST_ARGS) -m 'not full' tests/mesh
 	$(QUICKLY) $(BIN)/python -m pytest $(PYTEST_ARGS) -m 'not full'
+
+# Meshes, platforms, dtypes and trees: where one version of JAX has differed from another.
+OF_JAX = $(addprefix tests/test_, $(addsuffix .py, platforms merged capped_simplex weak_types layout states norms \
+    settings names frozen no_entries no_backend local landing owners counts metrics))
+
+test-oldest: $(VENV)/.test  ## run the tests of what a version of JAX decides
+	$(QUICKLY) $(BIN)/python -m pytest $(PYTEST_ARGS) -m 'not full' tests/mesh
+	$(QUICKLY) $(BIN)/python -m pytest $(PYTEST_ARGS) -m 'not full' $(OF_JAX)
 
 test-full: $(VENV)/.test  ## run the rest: what XLA makes of every transform, millions of entries, both meshes
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m full tests/mesh
