@@ -324,10 +324,9 @@ def _between(p: Array, u: Array, low: Array, high: Array) -> Array:
 def _rescaled(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Landed:
     """By what is measured first: updates are written once, and the norms read them for themselves."""
     factors: Any = how.constraint.factors
-    us = lax.optimization_barrier(us)
+    us = list(map(lax.optimization_barrier, us))
     # Symptom: a TPU writes p + u for the landing. XLA computes it once for both: each has its own read.
-    own = [lax.optimization_barrier(pair) for pair in zip(ps, us, strict=True)]
-    trees = [how.scopes.alone([pair[i] for pair in own]) for i in (0, 1)]
+    trees = [how.scopes.alone(list(map(lax.optimization_barrier, each))) for each in (ps, us)]
     measured = factors(trees[0], memory, how.params, trees[1])
     reached = [add_as_apply_updates(p, u) for p, u in zip(ps, us, strict=True)]
     new = _landed(how, ps, us, measured.of(reached))
@@ -336,7 +335,7 @@ def _rescaled(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Lande
 
 def _moved(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Landed:
     """By any other set or callable."""
-    us = lax.optimization_barrier(us)
+    us = list(map(lax.optimization_barrier, us))
     reached = [add_as_apply_updates(p, u) for p, u in zip(ps, us, strict=True)]
     tree = how.scopes.alone(reached)
     move = how.constraint.move
