@@ -97,7 +97,7 @@ def of_all(combine: Callable[[Array, Array], Array], parts: Sequence[Array]) -> 
     if len(parts) == 1:
         return parts[0]
     whole: Array = lax.optimization_barrier(
-        functools.reduce(combine, map(lax.optimization_barrier, parts))
+        functools.reduce(combine, lax.optimization_barrier(list(parts)))
     )
     return whole
 
