@@ -21,6 +21,7 @@ def lines(tx, leaves):
     return jax.jit(tx.update).lower(params, state, params).compile().as_text().count("\n")
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="older XLA repeats more: 3 times the lines")
 @pytest.mark.parametrize(
     "tx",
     [oc.clip_by_norm(1.0, scope="unit"), oc.project_weights(oc.norm_ball(1.0, scope="unit"))],
