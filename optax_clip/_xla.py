@@ -160,8 +160,8 @@ def _select_bits(x: Array, flag: Array, y: Array) -> Array:
 def count_outside(x: Array, low: Array, high: Array, *, at: bool = False) -> Array:
     """How many entries are below ``low`` or above ``high``, or ``at`` one of them; complex by modulus.
 
-    On a CPU in arithmetic, where an entry that is NaN makes the number NaN, and one that is infinite
-    beside an infinite bound, too; ``x`` has to be in memory there, else it is written for this sum.
+    On a CPU in arithmetic, where an entry that is NaN makes the number NaN; ``x`` has to be in memory
+    there, else it is written for this sum.
     """
     dtype = accumulator([x])
     low, high = low.astype(dtype), high.astype(dtype)
@@ -179,10 +179,11 @@ def count_outside(x: Array, low: Array, high: Array, *, at: bool = False) -> Arr
             1,
             1 / float(jnp.finfo(dtype).smallest_normal),
         )  # the last takes normal ones above 1
-        own = [jnp.asarray(n, dtype) for n in numbers]
-        x, low, high, zero, one, huge = lax.optimization_barrier((x, low, high, *own))
+        own = [jnp.asarray(n, dtype) for n in (*numbers, float(jnp.finfo(dtype).max))]
+        x, low, high, zero, one, huge, most = lax.optimization_barrier((x, low, high, *own))
         x = size(x, dtype)
-        gap = jnp.minimum(high - x, x - low) if at else jnp.maximum(x - high, low - x)
+        finite = jnp.minimum(jnp.maximum(x, -most), most)  # inf - inf, at no bound, is NaN
+        gap = jnp.minimum(high - finite, finite - low) if at else jnp.maximum(x - high, low - x)
         number = jnp.sum(jnp.minimum(jnp.maximum(gap, zero) * huge, one))
         return x.size - number if at else number
 

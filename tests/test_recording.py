@@ -19,6 +19,7 @@ from optax_clip import (
     groups,
     mask_outward,
     metrics,
+    non_negative,
     norm_ball,
     normalize_by_norm,
     project_weights,
@@ -307,7 +308,7 @@ def said(tx, grads, params, jit):
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jitted"])
 def test_the_share_is_a_number_beside_inf_and_nan(jit):
-    """What is not finite spoils no count between finite bounds; NaN weights may, in a box."""
+    """What is not finite spoils no count: an infinite entry may be inside. NaN weights may, in a box."""
     nan, inf = jnp.nan, jnp.inf
     params = jnp.array([0.5, 0.5, 0.5, 0.5])
     spoilt = jnp.array([nan, 1.0, -1.0, 0.0])
@@ -315,6 +316,8 @@ def test_the_share_is_a_number_beside_inf_and_nan(jit):
     outward = mask_outward(box(-1.0, 0.5))
     assert said(outward, spoilt, params, jit)["outward/fraction"] == 0.25  # the third is held at 0.5
     assert said(outward, huge, params, jit)["outward/fraction"] == 0.25
+    inside = project_weights(non_negative())
+    assert said(inside, huge, params, jit)["project/fraction"] == 0.25  # -0.5 only: inf is inside
     inside = project_weights(box(-1.0, 1.0))
     assert said(inside, huge, params, jit)["project/fraction"] == 0.5  # inf and 1.5 end at 1
 
