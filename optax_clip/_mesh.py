@@ -1,5 +1,6 @@
 """Many devices: mapped axes, all-reduces, and where state lives."""
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
@@ -54,6 +55,27 @@ def all_reduce(
     return out
 
 
+def pooled(axes: Sequence[Axes], *columns: Sequence[Array], largest: bool = False) -> list[Array]:
+    """Of each column of one value a leaf the sum, or the largest, on all devices that hold a part."""
+    combine, collective = (jnp.maximum, lax.pmax) if largest else (jnp.add, lax.psum)
+    values = [x.astype(jnp.float32) for column in columns for x in column]
+    parts = iter(all_reduce(values, list(axes) * len(columns), collective))
+    each = ([next(parts) for _ in column] for column in columns)
+    return [functools.reduce(combine, column, jnp.float32(0)) for column in each]
+
+
+def entries(axes: Sequence[Axes], sizes: Sequence[int]) -> float:
+    """How many entries leaves have, wherever they are; at least 1."""
+    each = zip(sizes, axes, strict=True)
+    return max(float(sum(n * axis_size(names) for n, names in each)), 1.0)
+
+
+def share(axes: Sequence[Axes], counts: Sequence[Array], sizes: Sequence[int]) -> Array:
+    """What was counted in each leaf as a share of all entries."""
+    found: Array = pooled(axes, counts)[0] / entries(axes, sizes)
+    return found
+
+
 def all_devices_agree(flag: Array) -> Array:
     """Is it true on all devices? A branch that sums over devices has to be taken by all or by none."""
     (broken,) = all_reduce([(~flag).astype(jnp.int32)], [varying_axes(flag)], lax.psum)
@@ -86,11 +108,10 @@ def is_explicit(x: Any) -> bool:
 
 def replicated(x: Array) -> Array:
     """``x`` whole on each device where the mesh is explicit; XLA places it elsewhere."""
-    return (
-        jax.sharding.reshard(x, jax.typeof(x).sharding.update(spec=PartitionSpec()))
-        if is_explicit(x)
-        else x
-    )
+    if not is_explicit(x):
+        return x
+    whole: Array = jax.sharding.reshard(x, jax.typeof(x).sharding.update(spec=PartitionSpec()))
+    return whole
 
 
 def everywhere(x: Array) -> Array:

@@ -130,29 +130,13 @@ def round_toward_zero(x: Array, dtype: Any) -> Array:
     return jnp.copysign(round_down(jnp.abs(x), dtype).astype(x.dtype), x).astype(dtype)
 
 
-def clamp(x: Array, low: Array, high: Array) -> Array:
-    """``x`` in [low, high], by modulus if complex; what is inside keeps its bits.
-
-    A minimum may flush subnormals.
-    """
-    if jnp.iscomplexobj(x):
-        return _within_modulus(x, high)
-    wide = widen(x, accumulator([x]))
-    y = jnp.minimum(jnp.maximum(wide, low.astype(wide.dtype)), high.astype(wide.dtype))
-    return lax.select((wide != y) | (low == high), y.astype(x.dtype), x)
+def precise(x: Any) -> Any:
+    """A concrete number in float64, so that it can be rounded inwards; a traced one as it is."""
+    if isinstance(x, Array):
+        return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
+    return np.asarray(x, np.float64)
 
 
-def _within_modulus(x: Array, high: Array) -> Array:
-    """Complex entries of modulus at most ``high``, a few roundings inside where they were longer.
-
-    The modulus of a finite number can overflow, so it is measured near 1; an infinite part alone gives
-    the direction.
-    """
-    parts, infinite = (x.real, x.imag), jnp.isinf(x.real) | jnp.isinf(x.imag)
-    ends = lax.complex(*(jnp.where(jnp.isinf(part), jnp.sign(part), 0) for part in parts))
-    unit = reciprocal(power_of_two(jnp.maximum(*map(jnp.abs, parts))))
-    way = jnp.where(infinite, ends, scale(x, unit))
-    over = ~(jnp.abs(x) <= high)
-    aim = high * (1 - 4 * float(jnp.finfo(high.dtype).eps))
-    bounded = scale(way, aim / jnp.where(over, jnp.abs(way), 1))
-    return jnp.where(over & ~jnp.isnan(x), bounded, x)
+def aligned(x: Array, ndim: int) -> Array:
+    """``x`` with leading axes of size 1, as NumPy broadcasts; a number as it is."""
+    return x.reshape((1,) * (ndim - x.ndim) + x.shape) if x.ndim else x

@@ -83,6 +83,22 @@ def closed(held: Any, memory: Any) -> Any:
     return dict.fromkeys(held, memory) if isinstance(held, dict) else held
 
 
+class Memory(NamedTuple):
+    """What a transform remembers of a tree from its start on, or nothing if there is no ``first``."""
+
+    first: Callable[[Any], Any] | None
+
+    def init(self, params: Any) -> Any:
+        return kept(self.first(params), params) if self.first else ()
+
+    def opened(self, held: Any, params: Any) -> Any:
+        first = self.first
+        return opened(held, lambda: first(params)) if first else held
+
+    def closed(self, held: Any, memory: Any) -> Any:
+        return closed(held, memory) if self.first else memory
+
+
 def keys(held: Any) -> Iterator[str]:
     """The names of trees in what a transform holds, but not in the states of others inside it."""
     for key, value in held.items() if isinstance(held, dict) else ():

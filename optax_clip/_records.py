@@ -1,16 +1,15 @@
 """What a transform writes into its state for `metrics` to read; nowhere else is its layout known."""
 
-import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
-from jax import Array, lax
+from jax import Array
 
 from optax_clip import _owners, _validate
-from optax_clip._mesh import all_reduce, axis_size, inside_shard_map, place_like, reduction_axes
+from optax_clip._mesh import inside_shard_map, place_like, reduction_axes, share
 from optax_clip._trees import flatten
 from optax_clip._validate import AxisName
 
@@ -266,10 +265,7 @@ def _pack(values: Sequence[Any]) -> Array:
 def fraction(flags: Sequence[Array], axis_name: AxisName = None) -> Array:
     """The share of True among all entries of some arrays, wherever they are."""
     axes = [reduction_axes(axis_name, x) for x in flags]
-    size = max(sum(x.size * axis_size(names) for x, names in zip(flags, axes, strict=True)), 1)
-    counts = [jnp.sum(x, dtype=jnp.float32) for x in flags]
-    total: Array = functools.reduce(jnp.add, all_reduce(counts, axes, lax.psum), jnp.float32(0))
-    return total / size
+    return share(axes, [jnp.sum(x, dtype=jnp.float32) for x in flags], [x.size for x in flags])
 
 
 def increment(count: Array, happened: Any = True) -> Array:

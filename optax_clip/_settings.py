@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from optax_clip import _validate
-from optax_clip._numerics import as_dtype
+from optax_clip._numerics import aligned, as_dtype
 from optax_clip._trees import Cells, Path, Scopes, as_struct, flatten, is_empty, is_none
 
 
@@ -232,17 +232,5 @@ def _shared(scopes: Scopes, **named: Any) -> list[Any] | None:
     return [value] * max(len(scopes.labels or ()), 1)
 
 
-def aligned(x: Array, ndim: int) -> Array:
-    """``x`` with leading axes of size 1, as NumPy broadcasts; a number as it is."""
-    return x.reshape((1,) * (ndim - x.ndim) + x.shape) if x.ndim else x
-
-
 def _bound(x: Any, dtype: Any) -> Array:
     return jnp.maximum(as_dtype(x, dtype), 0)
-
-
-def precise(x: Any) -> Any:
-    """A concrete number in float64, so that it can be rounded inwards; a traced one as it is."""
-    if isinstance(x, jax.Array):
-        return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
-    return np.asarray(x, np.float64)

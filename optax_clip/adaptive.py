@@ -11,9 +11,10 @@ from optax_clip import _validate
 from optax_clip._mesh import varying_axes
 from optax_clip._trees import shape_of
 from optax_clip._validate import AxisName, Record, Scope
-from optax_clip.clipping import clip_by_norm
-from optax_clip.thresholds import ema_ratio, relative_to_params, window_quantile, zscore
+from optax_clip.clipping.by_norm import clip_by_norm
 from optax_clip.thresholds.engine import as_rule
+from optax_clip.thresholds.rules import ema_ratio, relative_to_params, zscore
+from optax_clip.thresholds.windows import window_quantile
 
 __all__ = ["adagc", "adaptive_grad_clip", "autoclip", "clip_by_update_rms", "zclip"]
 

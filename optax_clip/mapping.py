@@ -78,12 +78,8 @@ def gradient_mapping(
     wanted = as_constraint(constraint)
     _validate.positive(reach=reach)
     _validate.record(record)
-    first = wanted.init or (lambda params: ())
-    by_tree = wanted.init is not None
+    remembered = _owners.Memory(wanted.init)
     mapped = wanted.mapped or functools.partial(by_entry if wanted.bounds else by_difference, wanted)
-
-    def init(params: optax.Params) -> Any:
-        return _owners.kept(first(params), params) if by_tree else ()
 
     def step(updates: optax.Updates, memory: Any, params: Any, **extra: Any) -> tuple[Any, Any, Any]:
         del extra
@@ -91,18 +87,18 @@ def gradient_mapping(
         scopes, gs = Scopes.of(updates, "leaf", axis_name=(), beside=params)
         gs, ps = together(gs, scopes.leaves_of(params, of="gradient_mapping"))
         ahead = jnp.maximum(as_dtype(reach, jnp.float32), jnp.finfo(jnp.float32).tiny)
-        kept = _owners.opened(memory, lambda: first(params)) if by_tree else memory
+        kept = remembered.opened(memory, params)
         new, kept, share = mapped(scopes.alone(ps), scopes.alone(gs), kept, params, ahead)
-        memory = _owners.closed(memory, kept) if by_tree else kept
+        memory = remembered.closed(memory, kept)
 
         def report() -> Report:
             return Report({"share": (share(),)}, {"turns": (True,)})
 
         return scopes.rebuild(updates, new), memory, report
 
-    fields = "share", "turns"
+    by_tree = wanted.init is not None
     return transform(
-        name, fields, init, step,
+        name, ("share", "turns"), remembered.init, step,
         record=record, remembers=by_tree, by_tree=by_tree, axis_name=wanted.axis_name,
     )  # fmt: skip
 

@@ -1,6 +1,5 @@
 """Act on weights: project them onto a set after each step."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,9 +9,10 @@ import optax
 from jax import Array, lax
 
 from optax_clip import _owners, _validate, _xla
+from optax_clip._geometry.intervals import Bounds, clamp
 from optax_clip._landing import add_as_apply_updates, as_stored, land, land_between
-from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes, together
-from optax_clip._numerics import accumulator, clamp, widen
+from optax_clip._mesh import entries, place_like, pooled, reduction_axes, share, together
+from optax_clip._numerics import accumulator, widen
 from optax_clip._records import Report, increment, transform
 from optax_clip._settings import is_formula
 from optax_clip._trees import Scopes, is_inexact
@@ -192,81 +192,57 @@ def project_weights(
         >>> print(step(optax.chain(project_weights(box(-1.0, 1.0)), optax.sgd(4.0))))
         [ 6.5  -4.75]
     """
-    wanted = as_constraint(constraint)
-    first = wanted.init or (lambda params: ())
-    by_tree = wanted.init is not None
-    _validate.integer(1, every=every)
-    every = owned(every)
-    _validate.record(record)
-    always = not _validate.is_traced(every) and int(every) == 1
-
-    def init(params: optax.Params) -> Any:
-        kept = _owners.kept(first(params), params) if by_tree else ()
-        return kept if always else {"set": kept, "count": place_like(jnp.zeros((), jnp.int32), params)}
-
-    def step(updates: optax.Updates, memory: Any, params: Any, **extra: Any) -> tuple[Any, Any, Any]:
-        del extra
-        _validate.params_given(params, of="project_weights")
-        updates, params = _where_they_meet(updates, params)
-        each_step = not _counts(memory, every)
-        whole = memory if each_step else memory["set"]
-        count = 0 if each_step else increment(memory["count"])
-        kept = _owners.opened(whole, lambda: first(params)) if by_tree else whole
-
-        def projected() -> tuple[optax.Updates, Any, Any]:
-            return redirect(wanted, updates, params, kept, record=record)
-
-        def untouched() -> tuple[optax.Updates, Any, Any]:
-            return updates, kept, (jnp.float32(0),) * (2 if record and not wanted.bounds else 0)
-
-        due = True if each_step else count % jnp.maximum(jnp.int32(every), 1) == 0
-        new, kept, moves = _xla.cond(due, projected, untouched)
-        whole = _owners.closed(whole, kept) if by_tree else kept
-        memory = whole if each_step else {"set": whole, "count": count}
-
-        def report() -> Report:
-            if wanted.bounds is None:
-                return Report({"moves": moves}, {"turns": (True,)})
-            share = jnp.where(due, at_bounds(wanted, new, params, kept), 0)
-            return Report({"share": (share,)}, {"turns": (True,)})
-
-        return new, memory, report
-
-    fields = "share" if wanted.bounds else "moves", "turns"
-    remembers = not always or by_tree
+    projection = _Projection(as_constraint(constraint), owned(every), record)
+    projection.check()
+    wanted, by_tree = projection.wanted, projection.wanted.init is not None
     return transform(
-        name, fields, init, step,
-        record=record, remembers=remembers, by_tree=by_tree, axis_name=wanted.axis_name,
+        name, ("share" if wanted.bounds else "moves", "turns"), projection.init, projection.step,
+        record=record, remembers=by_tree or projection.counts, by_tree=by_tree,
+        axis_name=wanted.axis_name,
     )  # fmt: skip
 
 
-def at_bounds(
-    constraint: Constraint, updates: optax.Updates, params: optax.Params, memory: Any
-) -> Array:
-    """The share of the weights that a step leaves at a bound.
+class _Projection(NamedTuple):
+    """What `project_weights` was called with. Static."""
 
-    Counted where `optax.apply_updates` writes them, so that XLA writes them once.
-    """
-    scopes, us = Scopes.of(updates, "leaf", axis_name=(), beside=params)
-    ps = scopes.leaves_of(params, of="project_weights")
-    bounds: Any = constraint.bounds
-    ends = [_applied(p, u) for p, u in zip(ps, us, strict=True)]
-    pairs = zip(ends, bounds(scopes.alone(ps), memory, params), strict=True)
-    counts = [_xla.count_outside(end, *_reached(end, *pair), at=True) for end, pair in pairs]
-    (number,) = _over_all(constraint.axis_name, ps, counts)
-    return number / _entries(constraint.axis_name, ps)
+    wanted: Constraint
+    every: Any
+    record: bool
+
+    def check(self) -> None:
+        _validate.integer(1, every=self.every)
+        _validate.record(self.record)
+
+    @property
+    def counts(self) -> bool:
+        """Are steps counted? An `every` that is traced is counted for, too."""
+        return _validate.is_traced(self.every) or int(self.every) != 1
+
+    def init(self, params: optax.Params) -> Any:
+        kept = _owners.Memory(self.wanted.init).init(params)
+        count = place_like(jnp.zeros((), jnp.int32), params)
+        return {"set": kept, "count": count} if self.counts else kept
+
+    def step(
+        self, updates: optax.Updates, memory: Any, params: Any, **extra: Any
+    ) -> tuple[optax.Updates, Any, Callable[[], Report]]:
+        del extra
+        _validate.params_given(params, of="project_weights")
+        scopes, us = Scopes.of(updates, "leaf", self.wanted.axis_name, beside=params)
+        us, ps = together(us, scopes.leaves_of(params, of="project_weights"))
+        counted = _is_counted(memory, self.every)
+        held, count = (memory["set"], increment(memory["count"])) if counted else (memory, 0)
+        due = count % jnp.maximum(jnp.int32(self.every), 1) == 0 if counted else True
+        remembered = _owners.Memory(self.wanted.init)
+        way = _Way(self.wanted, scopes, params, remembered.opened(held, params), self.record)
+        new, kept, moves = _xla.cond(due, lambda: way.landed(ps, us), lambda: way.stayed(us))
+        held = remembered.closed(held, kept)
+        memory = {"set": held, "count": count} if counted else held
+        last = way._replace(memory=kept)
+        return scopes.rebuild(updates, new), memory, lambda: last.report(ps, new, moves, due)
 
 
-def _reached(end: Array, low: Array, high: Array) -> tuple[Array, Array]:
-    """What counts as at a bound: for a complex weight, whose modulus is rounded, near it."""
-    near = 1 - 16 * float(jnp.finfo(high.dtype).eps) if jnp.iscomplexobj(end) else 1
-    return low, high * near
-
-
-Landed = tuple[list[Array], Any, Sequence[Array]]
-
-
-def _counts(memory: Any, every: Any) -> bool:
+def _is_counted(memory: Any, every: Any) -> bool:
     """Are steps counted? An `every` that is traced was 1 at init if they are not."""
     counted = isinstance(memory, dict) and "count" in memory
     if not counted and not _validate.is_traced(every) and int(every) > 1:
@@ -277,88 +253,105 @@ def _counts(memory: Any, every: Any) -> bool:
     return counted
 
 
-def _where_they_meet(updates: optax.Updates, params: optax.Params) -> tuple[Any, Any]:
-    """Both on the devices where `optax.apply_updates` adds them up."""
-    scopes, us = Scopes.of(updates, "leaf", axis_name=(), beside=params)
-    us, ps = together(us, scopes.leaves_of(params, of="project_weights"))
-    return scopes.rebuild(updates, us), scopes.rebuild(params, ps)
+Landed = tuple[
+    list[Array], Any, Sequence[Array]
+]  # updates, what the set remembers, how far and how many
 
 
-class _How(NamedTuple):
-    """Static: where to, of which tree, whether to say how far, and the shapes of all weights."""
+class _Way(NamedTuple):
+    """Where weights go to: a set, of which tree, and what it remembers; ``beside`` has all shapes."""
 
-    constraint: Constraint
+    to: Constraint
     scopes: Scopes
+    beside: Any
+    memory: Any
     record: bool
-    params: Any
+
+    def landed(self, ps: list[Array], us: list[Array]) -> Landed:
+        """Reach, nearest, land: by bounds of each entry, by factors of each scope, by any projection."""
+        way = self._between if self.to.bounds else self._rescaled if self.to.factors else self._moved
+        return way(ps, us)
+
+    def stayed(self, us: list[Array]) -> Landed:
+        """A step between two projections."""
+        return us, self.memory, (jnp.float32(0),) * (2 if self.record and not self.to.bounds else 0)
+
+    def report(self, ps: list[Array], new: list[Array], moves: Sequence[Array], due: Any) -> Report:
+        """Of bounds which share of the weights is at one, else how far a step was changed."""
+        if self.to.bounds:
+            return Report({"share": (jnp.where(due, self._share(ps, new), 0),)}, {"turns": (True,)})
+        return Report({"moves": moves}, {"turns": (True,)})
+
+    def _bounds(self, ps: list[Array]) -> list[Bounds]:
+        bounds: Any = self.to.bounds
+        pairs: list[Bounds] = bounds(self.scopes.alone(ps), self.memory, self.beside)
+        return pairs
+
+    def _between(self, ps: list[Array], us: list[Array]) -> Landed:
+        """Entry by entry, in the pass that makes the updates."""
+        rows = zip(ps, us, self._bounds(ps), strict=True)
+        return [_landed_between(p, u, *pair) for p, u, pair in rows], self.memory, ()
+
+    def _rescaled(self, ps: list[Array], us: list[Array]) -> Landed:
+        """By what is measured first: updates are written once, and norms read them for themselves."""
+        factors: Any = self.to.factors
+        us = list(map(lax.optimization_barrier, us))
+        # Each reads for itself: XLA would compute p + u once for both, which a TPU then writes.
+        trees = [self.scopes.alone(list(map(lax.optimization_barrier, each))) for each in (ps, us)]
+        measured = factors(trees[0], self.memory, self.beside, trees[1])
+        targets = measured.of(_reached(ps, us))
+        return self._land(ps, us, targets), self.memory, measured.report() if self.record else ()
+
+    def _moved(self, ps: list[Array], us: list[Array]) -> Landed:
+        """By any other set or callable."""
+        us = list(map(lax.optimization_barrier, us))
+        reached = _reached(ps, us)
+        tree, move = self.scopes.alone(reached), self.to.move
+        params, memory = move(tree, self.memory, self.beside) if move else (self.to(tree), self.memory)
+        _, targets = Scopes.of(params, "leaf", axis_name=())
+        new = self._land(ps, us, targets)
+        return new, memory, self._moves(ps, reached, new) if self.record else ()
+
+    def _land(self, *columns: list[Array]) -> list[Array]:
+        return [land(*each, shrinks=self.to.shrinks) for each in zip(*columns, strict=True)]
+
+    def _axes(self, ps: list[Array]) -> list[Any]:
+        return [reduction_axes(self.to.axis_name, p) for p in ps]
+
+    def _moves(self, ps: list[Array], reached: list[Array], new: list[Array]) -> tuple[Array, Array]:
+        """From where the weights end up as `optax.apply_updates` computes it, so XLA does so once."""
+        rows = zip(reached, ps, new, strict=True)
+        pairs = [_xla.two_sums(*lax.stop_gradient(_gap(*row))) for row in rows]
+        squares, counts = zip(*pairs, strict=True) if pairs else ((), ())
+        axes = self._axes(ps)
+        square, number = pooled(axes, squares, counts)
+        return jnp.sqrt(square), number / entries(axes, [p.size for p in ps])
+
+    def _share(self, ps: list[Array], new: list[Array]) -> Array:
+        """The share of the weights at a bound.
+
+        Counted where `optax.apply_updates` writes them, so that XLA writes them once.
+        """
+        rows = zip(ps, new, self._bounds(ps), strict=True)
+        counts = [_at_bound(_applied(p, u), *pair) for p, u, pair in rows]
+        return share(self._axes(ps), counts, [p.size for p in ps])
 
 
-def redirect(
-    constraint: Constraint, updates: optax.Updates, params: optax.Params, memory: Any, *, record: bool
-) -> tuple[optax.Updates, Any, Sequence[Array]]:
-    """The updates that land in the set, its memory, how far the weights move and which share.
-
-    Neither is told of a set that bounds each entry.
-    """
-    scopes, us = Scopes.of(updates, "leaf", constraint.axis_name, beside=params)
-    how = _How(constraint, scopes, record, params)
-    way = _into_bounds if constraint.bounds else _rescaled if constraint.factors else _moved
-    new, memory, moved = way(how, scopes.leaves_of(params, of="project_weights"), us, memory)
-    return scopes.rebuild(updates, new), memory, moved
+def _reached(ps: list[Array], us: list[Array]) -> list[Array]:
+    return [add_as_apply_updates(p, u) for p, u in zip(ps, us, strict=True)]
 
 
-def _into_bounds(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Landed:
-    """Entry by entry, in the pass that makes the updates."""
-    bounds: Any = how.constraint.bounds
-    pairs = bounds(how.scopes.alone(ps), memory, how.params)
-    return [_between(p, u, *pair) for p, u, pair in zip(ps, us, pairs, strict=True)], memory, ()
-
-
-def _between(p: Array, u: Array, low: Array, high: Array) -> Array:
+def _landed_between(p: Array, u: Array, low: Array, high: Array) -> Array:
     if not jnp.iscomplexobj(p):
         return land_between(p, u, low, high)
     u = lax.optimization_barrier(u)
     return land(p, u, clamp(add_as_apply_updates(p, u), low, high), shrinks=True)
 
 
-def _rescaled(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Landed:
-    """By what is measured first: updates are written once, and the norms read them for themselves."""
-    factors: Any = how.constraint.factors
-    us = list(map(lax.optimization_barrier, us))
-    # Symptom: a TPU writes p + u for the landing. XLA computes it once for both: each has its own read.
-    trees = [how.scopes.alone(list(map(lax.optimization_barrier, each))) for each in (ps, us)]
-    measured = factors(trees[0], memory, how.params, trees[1])
-    reached = [add_as_apply_updates(p, u) for p, u in zip(ps, us, strict=True)]
-    new = _landed(how, ps, us, measured.of(reached))
-    return new, memory, measured.report() if how.record else ()
-
-
-def _moved(how: _How, ps: list[Array], us: list[Array], memory: Any) -> Landed:
-    """By any other set or callable."""
-    us = list(map(lax.optimization_barrier, us))
-    reached = [add_as_apply_updates(p, u) for p, u in zip(ps, us, strict=True)]
-    tree = how.scopes.alone(reached)
-    move = how.constraint.move
-    params, memory = move(tree, memory, how.params) if move else (how.constraint(tree), memory)
-    _, targets = Scopes.of(params, "leaf", axis_name=())
-    new = _landed(how, ps, us, targets)
-    return new, memory, _moves(how, ps, reached, new) if how.record else ()
-
-
-def _landed(how: _How, *columns: list[Array]) -> list[Array]:
-    return [land(*each, shrinks=how.constraint.shrinks) for each in zip(*columns, strict=True)]
-
-
-def _moves(how: _How, ps: list[Array], reached: list[Array], new: list[Array]) -> tuple[Array, Array]:
-    """From where the weights end up, as `optax.apply_updates` computes it, so that XLA does so once."""
-    pairs = [
-        _xla.two_sums(*lax.stop_gradient(_gap(s, p, v)))
-        for s, p, v in zip(reached, ps, new, strict=True)
-    ]
-    squares, counts = zip(*pairs, strict=True) if pairs else ((), ())
-    axis_name = how.constraint.axis_name
-    square, number = _over_all(axis_name, ps, squares, counts)
-    return jnp.sqrt(square), number / _entries(axis_name, ps)
+def _at_bound(end: Array, low: Array, high: Array) -> Array:
+    """How many entries are at a bound; near it if they are complex, as a modulus is rounded."""
+    near = 1 - 16 * float(jnp.finfo(high.dtype).eps) if jnp.iscomplexobj(end) else 1
+    return _xla.count_outside(end, low, high * near, at=True)
 
 
 def _gap(reached: Array, p: Array, new: Array) -> tuple[Array, Array]:
@@ -376,18 +369,3 @@ def _applied(p: Array, u: Array) -> Array:
     with jax.numpy_dtype_promotion("standard"):
         end: Any = optax.apply_updates(p, u)
     return jnp.asarray(end)
-
-
-def _over_all(axis_name: Any, ps: Sequence[Array], *columns: Sequence[Array]) -> list[Array]:
-    """Sums of each leaf, column by column, on all devices that hold a part of it."""
-    axes = [reduction_axes(axis_name, p) for p in ps]
-    parts = all_reduce([x for column in columns for x in column], axes * len(columns), lax.psum)
-    halves = [parts[k * len(ps) :][: len(ps)] for k in range(len(columns))]
-    return [
-        functools.reduce(jnp.add, [x.astype(jnp.float32) for x in half], jnp.float32(0))
-        for half in halves
-    ]
-
-
-def _entries(axis_name: Any, ps: Sequence[Array]) -> int:
-    return max(sum(p.size * axis_size(reduction_axes(axis_name, p)) for p in ps), 1)

@@ -13,7 +13,15 @@ from jax.typing import ArrayLike
 from optax_clip import _settings, _validate
 from optax_clip._landing import add_as_apply_updates, land
 from optax_clip._mesh import all_reduce, reduction_axes, together
-from optax_clip._numerics import accumulator, as_dtype, broadcast_like, round_toward_zero, scale, widen
+from optax_clip._numerics import (
+    accumulator,
+    aligned,
+    as_dtype,
+    broadcast_like,
+    round_toward_zero,
+    scale,
+    widen,
+)
 from optax_clip._records import Report, fraction, transform
 from optax_clip._trees import Scopes
 from optax_clip._validate import AxisName
@@ -200,7 +208,7 @@ class _How(NamedTuple):
             return None
         _validate.real(**{f"factors({path!r}, leaf, {self.signal})": found})
         _settings.fits(jnp.shape(found), p.shape, path, "the factor")
-        f = _settings.aligned(as_dtype(found, accumulator([p])), p.ndim)
+        f = aligned(as_dtype(found, accumulator([p])), p.ndim)
         return jnp.where(jnp.isfinite(f), f, 1)
 
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from optax_clip._matrices import polar
 
 from optax_clip import _matrices
-from optax_clip._matrices import polar
 
 F32 = jnp.float32
 METHODS = ["eigh", "polar"]

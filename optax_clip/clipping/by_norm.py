@@ -3,17 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
 from optax_clip import _validate
-from optax_clip._records import Report, fraction, transform
 from optax_clip._validate import AxisName, Ord, Record, Scope
-from optax_clip.clipping._acting import Clipped, Clipping
-from optax_clip.clipping._reports import NamedParts, clip_report, named_parts
-from optax_clip.norms import total
-from optax_clip.thresholds.engine import Limits, Threshold, ThresholdRule, lowest
+from optax_clip.clipping._acting import Clipping
+from optax_clip.thresholds.engine import Limits, Threshold, ThresholdRule
 
 __all__ = ["clip_by_global_norm", "clip_by_norm", "clip_tree", "normalize_by_norm"]
 
@@ -70,9 +66,9 @@ def clip_tree(
         raise TypeError(f"Expected max_norm to be a number, got max_norm={max_norm!r}.")
     if norm is not None and scope != "global":
         raise ValueError(f'Expected norm only with scope="global", got scope={scope!r}.')
-    clipped = how.act(tree, None, None, norm=norm)
-    scopes = clipped.scopes
-    return scopes.rebuild(tree, clipped.leaves), scopes.as_tree(clipped.before)
+    done = how.act(tree, None, None, norm=norm)
+    scopes = done.cut.scopes
+    return scopes.rebuild(tree, done.leaves), scopes.as_tree(done.found.before)
 
 
 def clip_by_norm(
@@ -139,7 +135,7 @@ def clip_by_norm(
         Pascanu, Mikolov, Bengio, 2013, https://arxiv.org/abs/1211.5063
     """
     limits = Limits.of(scope, threshold=threshold)
-    return _by_norm(limits, scope, ord, nonfinite, axis_name, name, record)
+    return Clipping(limits, scope, ord, nonfinite, axis_name).transform(name, record)
 
 
 def clip_by_global_norm(
@@ -189,7 +185,7 @@ def clip_by_global_norm(
         Pascanu, Mikolov, Bengio, 2013, https://arxiv.org/abs/1211.5063
     """
     limits = Limits.of(None, max_norm=max_norm)
-    return _by_norm(limits, "global", ord, nonfinite, axis_name, name, record)
+    return Clipping(limits, "global", ord, nonfinite, axis_name).transform(name, record)
 
 
 def normalize_by_norm(
@@ -244,58 +240,4 @@ def normalize_by_norm(
     for key, x in each.items():
         if not callable(x) and not isinstance(x, ThresholdRule):
             _validate.finite(0, **{key: x})
-    return _by_norm(limits, scope, ord, nonfinite, axis_name, name, record, normalize=True)
-
-
-def _by_norm(
-    limits: Limits,
-    scope: Scope,
-    ord: Ord,
-    nonfinite: str,
-    axis_name: AxisName,
-    name: str,
-    record: Record,
-    *,
-    normalize: bool = False,
-) -> optax.GradientTransformationExtraArgs:
-    """The transform behind every clip by norm: act, and report."""
-    how = Clipping(limits, scope, ord, nonfinite, axis_name, normalize)
-    how.check()
-    named = named_parts(scope, record)
-
-    def init(params: optax.Params) -> Any:
-        return limits.init(params, scope)
-
-    def step(
-        updates: optax.Updates,
-        memory: Any,
-        params: Any,
-        *,
-        grad_norm: ArrayLike | None = None,
-        **extra: Any,
-    ) -> tuple[optax.Updates, Any, Any]:
-        del extra
-        clipped = how.act(updates, memory, params, grad_norm=grad_norm)
-
-        def report() -> Report:
-            return _report(clipped, how, named)
-
-        return clipped.scopes.rebuild(updates, clipped.leaves), clipped.memory, report
-
-    return transform(
-        name, ("norms", "counts"), init, step,
-        record=bool(record), remembers=limits.remembers, by_tree=limits.by_tree, scope=scope,
-        axis_name=axis_name,
-        parts=named and named.init,
-    )  # fmt: skip
-
-
-def _report(clipped: Clipped, how: Clipping, named: NamedParts | None) -> Report:
-    scopes, fine, spoilt = clipped.scopes, clipped.fine, 0 if how.nonfinite == "zero" else jnp.nan
-    after = jnp.where(clipped.finite, total(scopes, clipped.after, how.ord), spoilt)
-    share = fraction([over & f for over, f in zip(clipped.over, fine, strict=True)])
-    parts = {}
-    if named:
-        settled = [jnp.where(f, x, spoilt) for f, x in zip(fine, clipped.after, strict=True)]
-        parts = named.report(scopes, clipped.before, settled, clipped.limits)
-    return clip_report(clipped.total, after, lowest(clipped.limits), share, clipped.finite, parts)
+    return Clipping(limits, scope, ord, nonfinite, axis_name, normalize=True).transform(name, record)

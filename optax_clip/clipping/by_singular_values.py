@@ -8,8 +8,9 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from optax_clip import _matrices, _validate, _xla
-from optax_clip._matrices import Method
+from optax_clip import _validate, _xla
+from optax_clip._geometry import matrices
+from optax_clip._geometry.matrices import Method
 from optax_clip._mesh import varying_axes
 from optax_clip._records import Report, fraction, transform
 from optax_clip._trees import Scopes
@@ -92,7 +93,7 @@ def clip_singular_values(
         seen = Seen(scopes, norms, norms[0].value, [finite], None, None)
         (limit,), memory = limits.update(seen, memory)
         capped = [
-            _matrices.cap_singular_values(x, limit, method=method) if _is_matrix(x) else x for x in xs
+            matrices.cap_singular_values(x, limit, method=method) if _is_matrix(x) else x for x in xs
         ]
         # Not one number for both cases: where it is made outside of jit it would trip `jax.debug_nans`.
         zeroed = ~finite & (nonfinite == "zero")

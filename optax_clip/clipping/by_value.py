@@ -1,26 +1,18 @@
 """Clip each entry into an interval."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array, lax
+from jax import Array
 
 from optax_clip import _settings, _validate, _xla
-from optax_clip._mesh import all_reduce, reduction_axes
-from optax_clip._numerics import (
-    accumulator,
-    as_dtype,
-    power_of_two,
-    reciprocal,
-    round_down,
-    round_up,
-    scale,
-    widen,
-)
+from optax_clip._geometry.intervals import inwards, length, nearest
+from optax_clip._mesh import pooled, reduction_axes
+from optax_clip._numerics import accumulator, as_dtype
 from optax_clip._records import Report, increment, transform
 from optax_clip._settings import Initial, Setting
 from optax_clip._trees import Scopes
@@ -80,47 +72,60 @@ def clip_by_value(
     References:
         Mikolov, 2012, Statistical Language Models Based on Neural Networks, PhD thesis, Brno.
     """
-    _validate.axis_name(axis_name=axis_name)
-    _validate.record(record)
-    _check_kind(limit)
-    lower, limit = owned((lower, limit))
-    scheduled = _settings.is_formula(limit)
-    if scheduled and lower is not None:
-        raise TypeError(f"Expected a number as limit beside lower, got limit={limit!r}.")
-    if lower is not None:
-        _settings.absolute(lower=lower)
-        lower, limit = _settings.ordered(lower=lower, limit=limit)
-    elif not scheduled:
-        limit = _settings.limit(limit=limit)
+    interval = _Interval.of(limit, lower, axis_name, record)
+    return transform(
+        name, ("norms", "counts"), interval.init, interval.step,
+        record=record, remembers=interval.scheduled,
+    )  # fmt: skip
 
-    def init(params: optax.Params) -> Any:
+
+class _Interval(NamedTuple):
+    """What `clip_by_value` was called with. Static."""
+
+    lower: Any
+    limit: Any
+    scheduled: bool
+    axis_name: AxisName
+    record: bool
+
+    @classmethod
+    def of(cls, limit: Any, lower: Any, axis_name: AxisName, record: bool) -> "_Interval":
+        _validate.axis_name(axis_name=axis_name)
+        _validate.record(record)
+        _check_kind(limit)
+        lower, limit = owned((lower, limit))
+        scheduled = _settings.is_formula(limit)
+        if scheduled and lower is not None:
+            raise TypeError(f"Expected a number as limit beside lower, got limit={limit!r}.")
+        if lower is not None:
+            _settings.absolute(lower=lower)
+            lower, limit = _settings.ordered(lower=lower, limit=limit)
+        elif not scheduled:
+            limit = _settings.limit(limit=limit)
+        return cls(lower, limit, scheduled, axis_name, record)
+
+    def init(self, params: optax.Params) -> Any:
         del params
-        return {"count": jnp.zeros((), jnp.int32)} if scheduled else ()
+        return {"count": jnp.zeros((), jnp.int32)} if self.scheduled else ()
 
-    def step(updates: optax.Updates, memory: Any, params: Any, **extra: Any) -> tuple[Any, Any, Any]:
+    def step(
+        self, updates: optax.Updates, memory: Any, params: Any, **extra: Any
+    ) -> tuple[optax.Updates, Any, Callable[[], Report]]:
         del params, extra
-        scopes, xs = Scopes.of(updates, "global", axis_name)
-        xs = _xla.written_once(xs) if record else xs
-        high: Any = limit
-        if scheduled:
-            high, memory = _follow(high, memory)
-        limits = _limits(scopes, xs, lower, high)
-        ends = [_ends(x, *each) for x, each in zip(xs, limits, strict=True)]
-        inside = [_inside(x, *each) for x, each in zip(xs, ends, strict=True)]
-        # A device that flushes subnormal numbers takes them for 0.
-        flags = [
-            (y != widen(x, y.dtype)) | (low == high)
-            for x, y, (low, high) in zip(xs, inside, ends, strict=True)
-        ]
-        clipped = _xla.select(xs, flags, inside)
+        scopes, xs = Scopes.of(updates, "global", self.axis_name)
+        xs = _xla.written_once(xs) if self.record else xs
+        high, memory = _follow(self.limit, memory) if self.scheduled else (self.limit, memory)
+        limits, dtype = _limits(scopes, xs, self.lower, high), accumulator(xs)
+        held = [inwards(x, *each) for x, each in zip(xs, limits, strict=True)]
+        ends = [(low.astype(dtype), high.astype(dtype)) for low, high in held]
+        pairs = [nearest(x, *each) for x, each in zip(xs, ends, strict=True)]
+        new = _xla.select(xs, [changed for changed, _ in pairs], [y for _, y in pairs])
 
-        def report() -> Any:
-            threshold = _smallest(limits or _alone(lower, high), accumulator(xs))
-            return _report(scopes, _Reading(axis_name), xs, ends, threshold)
+        def report() -> Report:
+            threshold = _smallest(limits or _alone(self.lower, high), dtype)
+            return _report(scopes, _Reading(self.axis_name), xs, ends, threshold)
 
-        return scopes.rebuild(updates, clipped), memory, report
-
-    return transform(name, ("norms", "counts"), init, step, record=record, remembers=scheduled)
+        return scopes.rebuild(updates, new), memory, report
 
 
 def _check_kind(limit: Any) -> None:
@@ -161,36 +166,6 @@ def _limits(scopes: Scopes, xs: Sequence[Array], lower: Any, high: Any) -> list[
     return list(zip(lows, highs, strict=True))
 
 
-def _ends(x: Array, low: Array, high: Array) -> tuple[Array, Array]:
-    """The bounds as a leaf of its dtype can hold them."""
-    part = jnp.finfo(x.dtype).dtype
-    held = round_up(low, part).astype(low.dtype), round_down(high, part).astype(high.dtype)
-    return _settings.aligned(held[0], x.ndim), _settings.aligned(held[1], x.ndim)
-
-
-def _inside(x: Array, low: Array, high: Array) -> Array:
-    """Each entry in [low, high], by modulus if complex; in the wide dtype."""
-    wide = widen(x, low.dtype)
-    if not jnp.iscomplexobj(x):
-        return jnp.minimum(jnp.maximum(wide, low), high)
-    # Rescale to modulus near 1 first: the modulus of a finite number can overflow. An infinite part
-    # alone gives the direction.
-    ends = [jnp.where(jnp.isinf(part), jnp.sign(part), 0) for part in (wide.real, wide.imag)]
-    infinite = jnp.isinf(wide.real) | jnp.isinf(wide.imag)
-    size = power_of_two(jnp.maximum(jnp.abs(wide.real), jnp.abs(wide.imag)))
-    way = jnp.where(infinite, lax.complex(*ends), scale(wide, reciprocal(size)))
-    over = (jnp.abs(wide) > high) | jnp.isnan(high)
-    bounded = scale(way, high / jnp.where(over, jnp.abs(way), 1))
-    return jnp.where(over & ~jnp.isnan(wide), bounded, wide)
-
-
-def _length(x: Array, low: Array, high: Array) -> Array:
-    """What the norm of a clamped entry needs: the entry, or its absolute value."""
-    if jnp.iscomplexobj(x):
-        return jnp.minimum(jnp.abs(x), high)
-    return jnp.maximum(jnp.minimum(widen(x, low.dtype), high), low)
-
-
 class _Reading(NamedTuple):
     """How the numbers of a report are summed: over which mapped axes, each leaf on its own or not."""
 
@@ -203,10 +178,9 @@ def _statistics(how: _Reading, xs: list[Array], ends: list[tuple[Array, Array]])
     places = in_batches(xs) if how.apart else [tuple(range(len(xs)))]
     rows = [_norms(how.axis_name, [xs[i] for i in some], [ends[i] for i in some]) for some in places]
     before, after = (_pooled([row[i] for row in rows]) for i in (0, 1))
-    counts = [_xla.count_outside(x, *each).astype(jnp.float32) for x, each in zip(xs, ends, strict=True)]
+    counts = [_xla.count_outside(x, *each) for x, each in zip(xs, ends, strict=True)]
     axes = [reduction_axes(how.axis_name, x) for x in xs]
-    outside = functools.reduce(jnp.add, all_reduce(counts, axes, lax.psum), jnp.float32(0))
-    return [before, after, jnp.isnan(before), outside]
+    return [before, after, jnp.isnan(before), *pooled(axes, counts)]
 
 
 def _norms(axis_name: AxisName, xs: list[Array], ends: list[tuple[Array, Array]]) -> tuple[Array, Array]:
@@ -214,7 +188,7 @@ def _norms(axis_name: AxisName, xs: list[Array], ends: list[tuple[Array, Array]]
     scopes, xs = Scopes.of(xs, "global", axis_name)
     lows, highs = ([each[i] for each in ends] for i in (0, 1))
     (before,) = measure(scopes, xs, None, unwritten=True)
-    (after,) = measure(scopes, xs, None, lows, highs, read=_length, unwritten=True)
+    (after,) = measure(scopes, xs, None, lows, highs, read=length, unwritten=True)
     return before.value, after.value
 
 

@@ -2,36 +2,20 @@
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import optax
-from jax import Array, lax
+from jax import Array
 
 from optax_clip import _settings, _validate
-from optax_clip._numerics import (
-    broadcast_like,
-    round_toward_zero,
-    scale,
-    straight_through,
-    widen,
-)
+from optax_clip._geometry import radial
 from optax_clip._settings import Setting
 from optax_clip._trees import Scopes
 from optax_clip._validate import AxisName, Ord, Scope
 from optax_clip._values import value_object
-from optax_clip.norms import Norm
-from optax_clip.sets.boxes import entrywise, inwards
-from optax_clip.sets.constraint import (
-    Bounds,
-    Constraint,
-    Factors,
-    NormBounds,
-    largest,
-    margins,
-    moved_by,
-    no_start,
-)
+from optax_clip.sets.boxes import cube, entrywise
+from optax_clip.sets.constraint import Constraint, Factors, NormBounds, largest, moved_by, remembering
 from optax_clip.sets.mappings import by_norms
 from optax_clip.sets.simplexes import l1_ball
 
@@ -88,7 +72,8 @@ def norm_ball(
         raise ValueError(f"Expected ord to be None, 1, 2 or inf, got ord={ord!r}.")
     bounds = NormBounds(scope, axis_name, ord, {"radius": radius})
     if ord == math.inf:
-        return _remembering(bounds, "radius", entrywise(functools.partial(_cube, bounds), axis_name))
+        ends = functools.partial(cube, bounds, "radius")
+        return remembering(bounds, "radius", entrywise(ends, axis_name))
     if ord == 1:
         move = functools.partial(l1_ball, bounds)
         return _norm_set(bounds, lambda params: move(params, None, None)[0], "", "radius", move=move)
@@ -182,15 +167,6 @@ def norm_shell(
     return _rescaled_set(bounds, "lower", "upper", shrinks=False)
 
 
-def _cube(
-    bounds: NormBounds, params: optax.Params, memory: Any = None, beside: Any = None
-) -> list[Bounds]:
-    """The ball of order inf bounds each entry."""
-    scopes, xs = Scopes.of(params, bounds.scope, axis_name=(), beside=beside)
-    highs = bounds.highs("radius", scopes, xs, memory)
-    return [inwards(x, -high, high) for x, high in zip(xs, highs, strict=True)]
-
-
 def _rescaled_set(bounds: NormBounds, lower: str, upper: str, *, shrinks: bool | None) -> Constraint:
     """The set of all trees whose 2-norms are between two bounds."""
     factors = functools.partial(_factors, bounds, lower, upper)
@@ -221,42 +197,7 @@ def _norm_set(
     constraint = Constraint(
         nearest, excess, shrinks=shrinks, axis_name=bounds.axis_name, scope=bounds.scope, **how
     )
-    return _remembering(bounds, upper, constraint)
-
-
-def _remembering(bounds: NormBounds, upper: str, constraint: Constraint) -> Constraint:
-    """With the norms at the start, if it needs them."""
-    if not bounds.remembers:
-        return constraint
-    raises = no_start(upper, bounds.settings[upper])
-    return constraint._replace(nearest=raises, excess=raises, init=bounds.init)
-
-
-class _Plan(NamedTuple):
-    """What becomes of the scopes of a cell: which move, which of them inwards, by which two factors."""
-
-    move: Array
-    over: Array
-    first: Array
-    second: Array
-    gap: Array
-
-
-def _plan(norm: Norm, n: Any, low: Array, high: Array, *, sphere: bool) -> _Plan:
-    high = jnp.where(jnp.isnan(low), low, high)
-    margin, inside = margins(n, norm.root.dtype)
-    ends = low * (1 + inside), high * (1 - inside)
-    thin = ends[0] >= ends[1]  # thinner than what a norm can tell: onto the bound itself
-    slack = jnp.where(thin, margin, -margin)
-    over = ~(norm.root <= high * norm.scale * (1 + slack))
-    under = norm.root < low * norm.scale * (1 - slack)
-    target = jnp.where(over, jnp.where(thin, high, ends[1]), jnp.where(thin, low, ends[0]))
-    movable = jnp.isfinite(norm.root) & (norm.root > 0)
-    move = movable & (over | under)
-    used = movable & (move | sphere)
-    second = jnp.where(used, target, 1) / jnp.where(used, norm.root, 1)
-    gap = jnp.where(move, jnp.abs(norm.value - target), 0)
-    return _Plan(move, over, jnp.where(used, norm.scale, 1), second, gap)
+    return remembering(bounds, upper, constraint)
 
 
 def _factors(
@@ -264,24 +205,11 @@ def _factors(
 ) -> Factors:
     """Rescale each scope whose norm is outside [lower, upper]."""
     scopes, xs, norms = bounds.cut(params, *besides)
-    sphere = lower == upper
     lows, highs = bounds.both(lower, upper, scopes, xs, [norm.root for norm in norms], memory)
     highs = [jnp.where(bounds.free(upper, high), jnp.inf, high) for high in highs]
     each = zip(norms, scopes.counts, lows, highs, strict=True)
-    plans = [_plan(*those, sphere=sphere) for those in each]
-    # Behind a barrier: compilers would else form the factors anew for each entry.
-    whole = lax.optimization_barrier([list(column) for column in zip(*plans, strict=True)])
-    columns = [scopes.per_leaf(column) for column in whole[:4]]
-    report = moved_by(scopes, [plan.gap for plan in plans], [plan.move for plan in plans])
-    return Factors(functools.partial(_move, sphere=sphere), columns, report)
-
-
-def _move(x: Array, move: Array, over: Array, first: Array, second: Array, *, sphere: bool) -> Array:
-    """``x * first * second`` where ``move`` says so, rounded towards 0 if it was too long."""
-    product = scale(widen(x, first.dtype), first, second)
-    moved = product.astype(x.dtype)
-    if sphere:
-        x = straight_through(x, moved)  # the derivative on the sphere is that of the projection too
-    else:
-        moved = lax.select(broadcast_like(over, x), round_toward_zero(product, x.dtype), moved)
-    return lax.select(broadcast_like(move, x), moved, x)
+    sphere = lower == upper
+    plans = [radial.move_between(*own, sphere=sphere) for own in each]
+    rows = radial.beside_leaves(scopes, [plan[:4] for plan in plans])
+    report = moved_by(scopes, [plan.gap for plan in plans], [plan.changed for plan in plans])
+    return Factors(functools.partial(radial.moved, sphere=sphere), rows, report)

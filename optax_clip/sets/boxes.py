@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -13,19 +12,21 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from optax_clip import _settings, _validate
+from optax_clip._geometry.intervals import Bounds, clamp, inwards, outside
 from optax_clip._mesh import place_like
-from optax_clip._numerics import (
-    accumulator,
-    as_dtype,
-    clamp,
-    round_down,
-    round_up,
-)
-from optax_clip._settings import Setting, aligned, precise
-from optax_clip._trees import Path, Scopes, shape_of
+from optax_clip._numerics import as_dtype, round_down, round_up
+from optax_clip._settings import Setting
+from optax_clip._trees import Scopes, flatten, shape_of
 from optax_clip._validate import AxisName
 from optax_clip._values import value_object
-from optax_clip.sets.constraint import Bounds, Constraint, largest, no_start, require_real
+from optax_clip.sets.constraint import (
+    Constraint,
+    NormBounds,
+    initial,
+    largest,
+    remembering,
+    require_real,
+)
 
 __all__ = ["box", "init_box", "non_negative"]
 
@@ -150,31 +151,37 @@ def init_box(kappa: ArrayLike, *, axis_name: AxisName = None) -> Constraint:
     _validate.finite(kappa=kappa)
     _validate.axis_name(axis_name=axis_name)
 
-    def init(params: optax.Params) -> Array:
-        scopes, xs = Scopes.of(params, "leaf", axis_name=())
-        own = [as_dtype(kappa, jnp.float32) * _largest(x) for x in xs]
-        places = list(zip(scopes.places, xs, own, strict=True))
-        bounds = jnp.zeros(len(scopes.paths), jnp.float32)
-        for place, _, bound in places:
-            parent = _parent(scopes.paths[place])
+    # The start is kept as bounds, times kappa: what is left to say of kappa is whether it is 0.
+    some = np.sign(kappa) if not _validate.is_traced(kappa) else jnp.sign(kappa)
+    bounds = NormBounds("leaf", axis_name, math.inf, {"kappa": initial(some)})
+
+    def init(params: optax.Params) -> dict[str, Array]:
+        paths, leaves, _ = flatten(params)
+        own = as_dtype(kappa, jnp.float32) * bounds.init(params)["kappa"]
+        for at, path in enumerate(paths):
             beside = [
-                b for i, x, b in places if _parent(scopes.paths[i]) == parent and len(shape_of(x)) > 1
-            ]
+                own[i] for i, (other, x) in enumerate(zip(paths, leaves, strict=True))
+                if other.keys[:-1] == path.keys[:-1] and len(shape_of(x)) > 1
+            ]  # fmt: skip
             spare = functools.reduce(jnp.maximum, beside, jnp.float32(0))
-            spare = jnp.where(spare == 0, jnp.inf, spare)
-            bounds = bounds.at[place].set(jnp.where(bound == 0, spare, bound))
-        return place_like(bounds, params)
+            spare = jnp.where((spare == 0) & (as_dtype(kappa, jnp.float32) > 0), jnp.inf, spare)
+            own = own.at[at].set(jnp.where(own[at] == 0, spare, own[at]))
+        return place_like({"kappa": own}, params)
 
-    def bounds(params: optax.Params, memory: Array, beside: Any = None) -> list[Bounds]:
-        del beside
-        scopes, xs = Scopes.of(params, "leaf", axis_name)
-        require_real(scopes, xs, of="box")
-        free = jnp.where(as_dtype(kappa, jnp.float32) > 0, jnp.float32(jnp.inf), 0)
-        highs = [jnp.where((memory[i] == 0) | (free == 0), free, memory[i]) for i in scopes.places]
-        return [inwards(x, -high, high) for x, high in zip(xs, highs, strict=True)]
+    def ends(params: optax.Params, memory: Any, beside: Any = None) -> list[Bounds]:
+        require_real(*Scopes.of(params, "leaf", axis_name=()), of="box")
+        return cube(bounds, "kappa", params, memory, beside)
 
-    raises = no_start("kappa", kappa)
-    return entrywise(bounds, axis_name)._replace(nearest=raises, excess=raises, init=init)
+    return remembering(bounds, "kappa", entrywise(ends, axis_name))._replace(init=init)
+
+
+def cube(
+    bounds: NormBounds, name: str, params: optax.Params, memory: Any = None, beside: Any = None
+) -> list[Bounds]:
+    """The ball of order inf bounds each entry."""
+    scopes, xs = Scopes.of(params, bounds.scope, axis_name=(), beside=beside)
+    highs = bounds.highs(name, scopes, xs, memory)
+    return [inwards(x, -high, high) for x, high in zip(xs, highs, strict=True)]
 
 
 def entrywise(bounds: Callable[..., list[Bounds]], axis_name: AxisName) -> Constraint:
@@ -189,25 +196,9 @@ def entrywise(bounds: Callable[..., list[Bounds]], axis_name: AxisName) -> Const
     def excess(params: optax.Params) -> Array:
         _, xs = Scopes.of(params, "leaf", axis_name=())
         pairs = zip(xs, bounds(params), strict=True)
-        return largest([_outside(x, *pair) for x, pair in pairs], axis_name)
+        return largest([outside(x, *pair) for x, pair in pairs], axis_name)
 
     return Constraint(nearest, excess, bounds=bounds, axis_name=axis_name)
-
-
-def _outside(x: Array, low: Array, high: Array) -> Array:
-    """How far each entry is outside; infinity counts as the largest number, which is no bound."""
-    wide = accumulator([x])
-    most = float(jnp.finfo(wide).max)
-    size = jnp.clip(jnp.abs(x) if jnp.iscomplexobj(x) else x.astype(wide), -most, most)
-    low, high = (jnp.clip(end.astype(wide), -most, most) for end in (low, high))
-    return jnp.maximum(size - high, low - size)
-
-
-def inwards(x: Array, low: Any, high: Any) -> Bounds:
-    """Bounds beside a leaf, rounded to the inside into its dtype, or into that of its parts."""
-    dtype = jnp.finfo(x.dtype).dtype
-    low, high = round_up(precise(low), dtype), round_down(precise(high), dtype)
-    return aligned(jnp.asarray(low), x.ndim), aligned(jnp.asarray(high), x.ndim)
 
 
 def _require_room(path: str, dtype: Any, lower: Any, upper: Any) -> None:
@@ -224,15 +215,3 @@ def _require_room(path: str, dtype: Any, lower: Any, upper: Any) -> None:
             f"Expected a number of dtype {dtype} between lower and upper for leaf {path!r}{where}, got "
             f"lower={low} and upper={high}."
         )
-
-
-def _largest(x: Any) -> Array:
-    """The largest absolute value, NaN where only the shape is known."""
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return jnp.full((), jnp.nan, jnp.float32)
-    peak: Array = jnp.max(jnp.abs(jnp.asarray(x)), initial=0).astype(jnp.float32)
-    return peak
-
-
-def _parent(path: Path) -> tuple[str, ...]:
-    return path.keys[:-1]

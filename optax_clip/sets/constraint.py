@@ -1,6 +1,5 @@
 """What a set is, and what the sets share."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
 from optax_clip import _settings, _validate
+from optax_clip._geometry.intervals import Bounds
 from optax_clip._landing import add_as_apply_updates
-from optax_clip._mesh import all_reduce, axis_size, place_like, reduction_axes, varying_axes
+from optax_clip._mesh import place_like, pooled, reduction_axes, share, varying_axes
 from optax_clip._numerics import accumulator, as_dtype, widen
 from optax_clip._settings import Initial, Setting
 from optax_clip._trees import Cells, Scopes
@@ -39,15 +39,12 @@ class Factors(NamedTuple):
     """
 
     apply: Callable[..., Array]
-    columns: list[list[Array]]
+    rows: Sequence[Sequence[Array]]
     report: Callable[[], tuple[Array, Array]]
 
     def of(self, xs: Sequence[Array]) -> list[Array]:
         """The leaves, rescaled."""
-        return [self.apply(x, *own) for x, *own in zip(xs, *self.columns, strict=True)]
-
-
-Bounds = tuple[Array, Array]  # the lower and the upper one of a leaf
+        return [self.apply(x, *own) for x, own in zip(xs, self.rows, strict=True)]
 
 
 class Mapped(NamedTuple):
@@ -168,7 +165,7 @@ class NormBounds(NamedTuple):
     scope: Scope
     axis_name: AxisName
     ord: Ord
-    settings: Mapping[str, Setting]
+    settings: Mapping[str, Setting | Initial]
 
     @property
     def remembers(self) -> bool:
@@ -253,6 +250,14 @@ def no_start(name: str, value: Any) -> Callable[[optax.Params], Any]:
     return raises
 
 
+def remembering(bounds: NormBounds, name: str, constraint: Constraint) -> Constraint:
+    """With the norms at the start, if it needs them."""
+    if not bounds.remembers:
+        return constraint
+    raises = no_start(name, bounds.settings[name])
+    return constraint._replace(nearest=raises, excess=raises, init=bounds.init)
+
+
 def as_constraint(constraint: Any) -> Constraint:
     """A set as it is; a callable ``params -> params`` with the distance it moves as violation."""
     if isinstance(constraint, Constraint):
@@ -307,15 +312,10 @@ def _same_shapes(constraint: Any, new: Any, params: Any) -> None:
 
 def entries_moved(scopes: Scopes, moved: Cells) -> Array:
     """The share of entries in the scopes that were moved, wherever they are."""
-    axes = [varying_axes(x) for x in moved]
-    numbers = [jnp.asarray(n, jnp.float32) for n in scopes.counts]
-    parts = [jnp.sum(x.astype(jnp.float32) * n) for x, n in zip(moved, numbers, strict=True)]
-    number = functools.reduce(jnp.add, all_reduce(parts, axes, lax.psum))
-    sizes = [
-        np.sum(np.broadcast_to(n, x.shape)) * axis_size(names)
-        for x, n, names in zip(moved, scopes.counts, axes, strict=True)
-    ]
-    return number / max(float(sum(sizes)), 1)
+    pairs = [(x.astype(jnp.float32), n) for x, n in zip(moved, scopes.counts, strict=True)]
+    counts = [jnp.sum(x * jnp.asarray(n, jnp.float32)) for x, n in pairs]
+    sizes = [np.sum(np.broadcast_to(n, x.shape)) for x, n in pairs]
+    return share([varying_axes(x) for x in moved], counts, sizes)
 
 
 def moved_by(scopes: Scopes, gaps: Cells, moved: Cells) -> Callable[[], tuple[Array, Array]]:
@@ -323,19 +323,10 @@ def moved_by(scopes: Scopes, gaps: Cells, moved: Cells) -> Callable[[], tuple[Ar
     return lambda: (total(scopes, gaps, None).astype(jnp.float32), entries_moved(scopes, moved))
 
 
-def margins(n: Any, dtype: Any) -> tuple[Any, Any]:
-    """What a norm of n entries cannot tell, relatively, and how far inside to aim beyond that."""
-    unit = float(jnp.finfo(dtype).eps) / 2
-    margin = (2 + np.log2(np.maximum(n, 1)) / 2) * unit
-    return np.asarray(margin, dtype), np.asarray(margin + 6 * unit, dtype)
-
-
 def largest(xs: Sequence[Any], axis_name: AxisName = None) -> Array:
     """The largest entry of some arrays, 0 if there is none; on all devices that hold a part of it."""
-    parts = [jnp.max(x, initial=0).astype(jnp.float32) for x in xs]
-    parts = all_reduce(parts, [reduction_axes(axis_name, x) for x in parts], lax.pmax)
-    peak: Array = functools.reduce(jnp.maximum, parts, jnp.float32(0))
-    return peak
+    parts = [jnp.max(x, initial=0) for x in xs]
+    return pooled([reduction_axes(axis_name, x) for x in parts], parts, largest=True)[0]
 
 
 def require_real(scopes: Scopes, xs: Sequence[Array], *, of: str) -> None:

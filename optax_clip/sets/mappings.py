@@ -13,7 +13,9 @@ import optax
 from jax import Array, lax
 
 from optax_clip import _xla
-from optax_clip._numerics import accumulator, broadcast_like, clamp, reciprocal, scale, widen
+from optax_clip._geometry.intervals import clamp
+from optax_clip._geometry.radial import beside_leaves, norm_error
+from optax_clip._numerics import accumulator, broadcast_like, reciprocal, scale, widen
 from optax_clip._records import fraction
 from optax_clip._trees import Cells, Scopes
 from optax_clip.norms import Norm, Powers, measure
@@ -22,7 +24,6 @@ from optax_clip.sets.constraint import (
     Mapped,
     NormBounds,
     entries_moved,
-    margins,
 )
 
 
@@ -36,10 +37,10 @@ def by_difference(
     dtype = accumulator([*ws, *gs])
     sizes, slopes = (_norms(scopes, xs, dtype) for xs in (ws, gs))
     steps = [_Step.of(*pair, reach) for pair in zip(sizes, slopes, strict=True)]
-    columns = [scopes.per_leaf(list(x)) for x in zip(*lax.stop_gradient(steps), strict=True)]
-    each_leaf = (_Step(*own) for own in zip(*columns, strict=True))
+    numbers = beside_leaves(scopes, lax.stop_gradient(steps))
     rows = [
-        (widen(w, dtype), widen(g, dtype), step) for w, g, step in zip(ws, gs, each_leaf, strict=True)
+        (widen(w, dtype), widen(g, dtype), _Step(*own))
+        for w, g, own in zip(ws, gs, numbers, strict=True)
     ]
     ahead = [w - step.there(g) for w, g, step in rows]
     tree = scopes.alone(ahead)
@@ -133,11 +134,8 @@ def by_norms(
     highs = [jnp.where(bounds.free(upper, high), jnp.inf, high) for high in highs]
     each = zip(triangles, scopes.counts, lows, highs, strict=True)
     plans = [t.plan(n, low, high, reach.astype(dtype)) for t, n, low, high in each]
-    # Behind a barrier: compilers would else form the factors anew for each entry.
-    whole = lax.optimization_barrier([list(column) for column in zip(*plans, strict=True)])
-    rows = zip(ws, gs, *(scopes.per_leaf(column) for column in whole), strict=True)
     flags, left = [], []
-    for w, g, changed, *factors in rows:
+    for w, g, (changed, *factors) in zip(ws, gs, beside_leaves(scopes, plans), strict=True):
         flags.append(changed)
         left.append(scale(widen(g, dtype), factors[0]) + scale(widen(w, dtype), *factors[1:]))
     new = _xla.select(gs, flags, left)
@@ -190,7 +188,7 @@ class _Triangle(NamedTuple):
 
 def _at_one(bound: Array, n: Any) -> Array:
     """A bound in units of the norm; 1 where it is as near as landing takes weights to it."""
-    _, inside = margins(n, bound.dtype)
+    _, inside = norm_error(n, bound.dtype)
     far = float(jnp.finfo(bound.dtype).max) ** 0.25  # its square is finite
     return jnp.where(jnp.abs(bound - 1) <= 2 * inside, 1, jnp.minimum(bound, far))
 

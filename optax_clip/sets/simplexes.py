@@ -1,19 +1,25 @@
 """Sets on which entries sum up: the simplex and the ball of order 1, by root finding."""
 
 import functools
-import operator
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array, lax
 
 from optax_clip import _settings, _validate, _xla
-from optax_clip._mesh import all_devices_agree
+from optax_clip._geometry.capped_sums import capped_threshold
+from optax_clip._geometry.radial import norm_error
+from optax_clip._geometry.sums import Entries, soft_threshold
 from optax_clip._numerics import (
     accumulator,
+    aligned,
     broadcast_like,
+    precise,
+    round_down,
     round_toward_zero,
     scale,
     straight_through,
@@ -24,9 +30,7 @@ from optax_clip._trees import Cells, Scopes
 from optax_clip._validate import AxisName, Scope
 from optax_clip._values import value_object
 from optax_clip.norms import modulus
-from optax_clip.sets import capped
-from optax_clip.sets.capped import Cut
-from optax_clip.sets.constraint import Constraint, NormBounds, largest, margins, require_real
+from optax_clip.sets.constraint import Constraint, NormBounds, largest, require_real
 
 __all__ = ["simplex"]
 
@@ -97,19 +101,19 @@ def simplex(
         lowest = [-peak for peak in scopes.max([-t for t in wide], initial=-jnp.inf)]
         highest, sums = scopes.max(wide, initial=-jnp.inf), scopes.sum(wide)
         totals = _settings.per_scope(scopes, xs, sums, total=total)
-        caps = None if upper is None else capped.bounds(scopes, xs, upper, total)
-        over = [0 * low for low in lowest] if caps is None else capped.excess(scopes, wide, caps)
+        caps = None if upper is None else _caps(scopes, xs, upper, total)
+        over = [0 * low for low in lowest] if caps is None else _above(scopes, wide, caps)
         return _Read(scopes, xs, caps, _Sums(sums, lowest, highest, totals, over))
 
     def move(params: optax.Params, memory: Any, beside: Any) -> tuple[optax.Params, Any]:
         del beside
         scopes, xs, caps, found = read(params)
         keeps = [_is_on(*each) for each in zip(*found, scopes.counts, strict=True)]
-        cut = Cut(scopes, _as_it_is)
+        cut = Entries(scopes, _as_it_is)
         new = (
             soft_threshold(cut, xs, found.totals)
             if caps is None
-            else capped.threshold(cut, xs, caps, found.totals)
+            else capped_threshold(cut, xs, caps, found.totals)
         )
         kept = zip(xs, new, _xla.written_once(scopes.per_leaf(keeps)), strict=True)
         inside = [_unless(keep, x, y.astype(x.dtype)) for x, y, keep in kept]
@@ -148,7 +152,7 @@ class _Read(NamedTuple):
 
 def _is_on(got: Array, low: Array, high: Array, wanted: Array, over: Array, n: Any) -> Array:
     """Is a scope on the simplex, as far as its sum can tell, or not to be moved?"""
-    margin, _ = margins(n, got.dtype)
+    margin, _ = norm_error(n, got.dtype)
     near: Array = jnp.abs(got - wanted) <= wanted * margin
     return near & (low >= 0) & (over <= 0) | ~jnp.isfinite(high)
 
@@ -165,11 +169,11 @@ def l1_ball(
     radii = bounds.read("radius", scopes, xs, [norm.root for norm in norms], memory)
     overs, totals = [], []
     for norm, radius, n in zip(norms, radii, scopes.counts, strict=True):
-        margin, inside = margins(n, norm.root.dtype)
+        margin, inside = norm_error(n, norm.root.dtype)
         over = ~(norm.root <= radius * norm.scale * (1 - margin)) & jnp.isfinite(norm.root)
         overs.append(over & ~bounds.free("radius", radius))
         totals.append(jnp.where(overs[-1], radius * (1 - inside), 1))
-    lengths = soft_threshold(Cut(scopes, modulus), xs, totals)
+    lengths = soft_threshold(Entries(scopes, modulus), xs, totals)
     rows = zip(xs, lengths, _xla.written_once(scopes.per_leaf(overs)), strict=True)
     new = [lax.select(broadcast_like(over, x), _with_modulus(x, y), x) for x, y, over in rows]
     return scopes.rebuild(params, new), memory
@@ -186,87 +190,49 @@ def _as_it_is(x: Array) -> Array:
     return x
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def soft_threshold(cut: Cut, xs: list[Array], totals: Cells) -> list[Array]:
-    """``max(t - θ, 0)`` with θ such that each scope sums to its total.
-
-    Entries are measured from the largest one, so a common offset costs no precision. The search is
-    constant to derivatives; one more of its steps has the derivative of θ, and on CPU its value.
-    """
-    fixed, goals = lax.stop_gradient((xs, totals))
-    peaks = cut.scopes.max(cut.wide(fixed), initial=-jnp.inf)
-    found = _newton(cut, fixed, peaks, goals)
-    origins = [peaks, found.origins]
-    steps, _ = _newton_step(cut, xs, origins, totals, found.thetas)
-    thetas = _xla.one_more(found.thetas, steps)
-    return [jnp.maximum(d, 0) for d in cut.depths(xs, [*origins, thetas])]
+def _caps(scopes: Scopes, xs: Sequence[Array], upper: Setting, total: Setting) -> list[Array]:
+    """The cap of each entry, in float32 or wider, as its leaf can hold it."""
+    caps = _settings.per_leaf(scopes, xs, [x.shape for x in xs], upper=upper)
+    _require_room(scopes, xs, caps, total, upper)
+    stored = [jnp.asarray(round_down(precise(cap), x.dtype)) for x, cap in zip(xs, caps, strict=True)]
+    wide = accumulator(xs)
+    return [jnp.maximum(aligned(cap, x.ndim).astype(wide), 0) for x, cap in zip(xs, stored, strict=True)]
 
 
-def _newton_step(
-    cut: Cut, xs: list[Array], origins: list[Cells], goals: Cells, thetas: Cells
-) -> tuple[Cells, Cells]:
-    """One step towards the root, and how many entries are above."""
-    depths = cut.depths(xs, [*origins, thetas])
-    counts = cut.scopes.sum([(d > 0).astype(d.dtype) for d in depths])
-    units = [_unit(goal) for goal in goals]
-    scales = _xla.written_once(cut.scopes.per_leaf(units))
-    sums = cut.scopes.sum([jnp.where(d > 0, d * k, 0) for d, k in zip(depths, scales, strict=True)])
-    rows = zip(thetas, sums, goals, units, counts, strict=True)
-    return [
-        theta + (got - goal * unit) / jnp.maximum(n, 1) / unit for theta, got, goal, unit, n in rows
-    ], counts
+def _require_room(
+    scopes: Scopes, xs: Sequence[Array], caps: Sequence[Any], total: Any, upper: Any
+) -> None:
+    """The caps of each scope sum up to its total, as far as both are known and here."""
+    if any(map(_validate.is_traced, [*caps, *jax.tree.leaves(total)])) or any(scopes.mapped):
+        return
+    whole = [np.broadcast_to(np.asarray(cap, float), x.shape) for x, cap in zip(xs, caps, strict=True)]
+    rooms = [x.sum(axis=axes, keepdims=True) for x, axes in zip(whole, scopes.axes, strict=True)]
+    totals = _goals(scopes, xs, total)
+    if scopes.is_joint:
+        rooms = [
+            sum(room.sum() for room, other in zip(rooms, scopes.homes, strict=True) if other == home)
+            for home in scopes.homes
+        ]
+    for place, x, room, goal in zip(scopes.places, xs, rooms, totals, strict=True):
+        # A third, three times, may be a rounding below 1.
+        if x.size and np.any(room * (1 + 1e-6) < np.asarray(goal, float)):
+            raise ValueError(
+                "Expected upper times the number of entries to be at least total, got "
+                f"upper={upper!r} and total={total!r} for leaf {scopes.paths[place]!r} of shape "
+                f"{x.shape}."
+            )
 
 
-def _unit(goal: Array) -> Array:
-    """A power of two with which entries that are below the goal have a finite sum."""
-    return jnp.where(goal > 2.0**80, 2.0**-40, 1).astype(goal.dtype)
+def _goals(scopes: Scopes, xs: Sequence[Array], total: Any) -> list[Any]:
+    """The total that each leaf has a part in, or that of each of its scopes."""
+    if not scopes.is_joint:
+        return _settings.per_leaf(scopes, xs, scopes.shapes, total=total)
+    if not isinstance(total, Mapping):
+        return [total] * len(xs)
+    names: dict[Any, str] = dict(enumerate(scopes.labels or ()))
+    return [total[names[row]] for _, row in scopes.homes]
 
 
-class _Search(NamedTuple):
-    """θ measured from an origin, the entries above at the last step, and how far the search is."""
-
-    origins: Cells
-    thetas: Cells
-    counts: Cells
-    phase: Array  # 0: from below; 1: one step back, from what was found; 2: from below again; 3: done
-
-
-def _newton(cut: Cut, xs: list[Array], peaks: Cells, goals: Cells) -> _Search:
-    """Newton's steps from below never pass θ nor go back, and end when the same entries are above.
-
-    A second search is measured from what the first one found, as a rounding of θ counts for each entry
-    above it; so its first step may have to go back.
-    """
-    zeros = [peak * 0 for peak in peaks]
-    nowhere = [zero + jnp.inf for zero in zeros]
-
-    def body(at: _Search) -> _Search:
-        moved, counts = _newton_step(cut, xs, [peaks, at.origins], goals, at.thetas)
-        same = [jnp.all(c == n) for c, n in zip(counts, at.counts, strict=True)]
-        settled = all_devices_agree(functools.reduce(operator.and_, same))
-        back, again = at.phase == 1, settled & (at.phase == 0)
-        # A rounding may take θ back, and an entry in and out for ever.
-        new = _where(back, moved, [jnp.maximum(*pair) for pair in zip(at.thetas, moved, strict=True)])
-        return _Search(
-            _where(again, new, at.origins), _where(again, zeros, new),
-            _where(again | back, nowhere, counts), at.phase + (back | settled).astype(jnp.int32),
-        )  # fmt: skip
-
-    start = _Search(zeros, _below(cut, xs, peaks, goals), nowhere, jnp.int32(0))
-    found: _Search = lax.while_loop(lambda at: at.phase < 3, body, start)
-    return found
-
-
-def _below(cut: Cut, xs: list[Array], peaks: Cells, goals: Cells) -> Cells:
-    """Newton's step from below all entries, kept where θ can be: from -goal to -goal / n."""
-    rows = zip(cut.scopes.sum(cut.wide(xs)), peaks, goals, cut.scopes.counts, strict=True)
-    starts = []
-    for total, peak, goal, n in rows:
-        number = jnp.maximum(jnp.asarray(n, peak.dtype), 1)
-        step = jnp.where(jnp.isfinite(total), (total - goal) / number - peak, -jnp.inf)
-        starts.append(jnp.minimum(jnp.maximum(step, -goal), -goal / number))
-    return starts
-
-
-def _where(flag: Array, xs: Cells, ys: Cells) -> Cells:
-    return [jnp.where(flag, x, y) for x, y in zip(xs, ys, strict=True)]
+def _above(scopes: Scopes, wide: Sequence[Array], caps: Sequence[Array]) -> Cells:
+    """How far the entries of each scope are above their caps."""
+    return scopes.max([x - cap for x, cap in zip(wide, caps, strict=True)], initial=-jnp.inf)

@@ -10,14 +10,16 @@ import optax
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_clip import _matrices, _settings, _validate
-from optax_clip._matrices import Method
+from optax_clip import _settings, _validate
+from optax_clip._geometry import matrices
+from optax_clip._geometry.matrices import Method
+from optax_clip._geometry.radial import norm_error
 from optax_clip._mesh import everywhere, is_explicit, place_like, varying_axes
 from optax_clip._numerics import accumulator, as_dtype
 from optax_clip._settings import Initial, Setting
 from optax_clip._trees import Scopes, flatten, is_inexact, shape_of
 from optax_clip._values import value_object
-from optax_clip.sets.constraint import Constraint, largest, margins, no_start
+from optax_clip.sets.constraint import Constraint, largest, no_start
 
 __all__ = ["spectral_ball"]
 
@@ -180,7 +182,7 @@ class _Ball(NamedTuple):
         vectors = list(memory["vectors"] if relative and self.power_iterations else memory or ())
         for i, place, x, radius in found:
             if self.power_iterations is None:
-                y = _matrices.cap_singular_values(x, radius, method=self.method, landing=True)
+                y = matrices.cap_singular_values(x, radius, method=self.method, landing=True)
             else:
                 y, vectors[place] = _scaled(x, radius, vectors[place], self.power_iterations + more)
             leaves[i] = _as_leaf(y, leaves[i])
@@ -191,7 +193,7 @@ class _Ball(NamedTuple):
     def excess(self, params: optax.Params) -> Array:
         gaps = []
         for _, _, x, radius in self.matrices(params).found:
-            value = _matrices.largest_singular_value(x, method=self.method)
+            value = matrices.largest_singular_value(x, method=self.method)
             gaps.append(jnp.maximum(value - radius.astype(value.dtype), 0))
         return largest(gaps)
 
@@ -204,10 +206,10 @@ def _free_if_zero(value: Array) -> Array:
 def _scaled(x: Array, radius: Array, vector: Array, iterations: int) -> tuple[Array, Array]:
     """A step of the power iteration, and the vector to go on from."""
     dtype = accumulator([x])
-    _, inside = margins(x.shape[-2] * x.shape[-1], dtype)
+    _, inside = norm_error(x.shape[-2] * x.shape[-1], dtype)
     row = vector.reshape(*x.shape[:-2], x.shape[-1])
     row = jnp.where(jnp.any(row != 0, axis=-1, keepdims=True), row, _wave(row.shape, row.dtype))
-    y, row = _matrices.power_step(x, radius.astype(dtype) * (1 - inside), row, iterations)
+    y, row = matrices.power_step(x, radius.astype(dtype) * (1 - inside), row, iterations)
     return y, everywhere(row.reshape(vector.shape))
 
 
@@ -218,7 +220,7 @@ def _first_value(leaf: Any, flatten: bool) -> Any:
         return ()
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jnp.full(() if flatten else shape[:-2], jnp.nan, jnp.float32)
-    value = _matrices.largest_singular_value(_matrix(jnp.asarray(leaf), flatten, ()))
+    value = matrices.largest_singular_value(_matrix(jnp.asarray(leaf), flatten, ()))
     return value.astype(jnp.float32)
 
 

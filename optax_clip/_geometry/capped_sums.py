@@ -2,90 +2,20 @@
 
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
-from optax_clip import _settings, _validate, _xla
+from optax_clip._geometry.sums import Entries
 from optax_clip._mesh import all_devices_agree
-from optax_clip._numerics import accumulator, round_down, widen
-from optax_clip._settings import Setting, aligned, precise
-from optax_clip._trees import Cells, Scopes
-
-
-class Cut(NamedTuple):
-    """Static: the scopes, and what of an entry is cut, itself or its modulus."""
-
-    scopes: Scopes
-    read: Callable[[Array], Array]
-
-    def wide(self, xs: Sequence[Array]) -> list[Array]:
-        """What is cut, in float32 or wider."""
-        return [self.read(widen(x, accumulator(xs))) for x in xs]
-
-    def depths(self, xs: Sequence[Array], origins: Sequence[Cells]) -> list[Array]:
-        """The entries, measured from some origins; read anew each time, so that none is written."""
-        terms = self.wide(xs)
-        for origin in origins:
-            starts = _xla.written_once(self.scopes.per_leaf(origin))
-            terms = [t - start for t, start in zip(terms, starts, strict=True)]
-        return terms
-
-
-def bounds(scopes: Scopes, xs: Sequence[Array], upper: Setting, total: Setting) -> list[Array]:
-    """The cap of each entry, in float32 or wider, as its leaf can hold it."""
-    caps = _settings.per_leaf(scopes, xs, [x.shape for x in xs], upper=upper)
-    _require_room(scopes, xs, caps, total, upper)
-    stored = [jnp.asarray(round_down(precise(cap), x.dtype)) for x, cap in zip(xs, caps, strict=True)]
-    wide = accumulator(xs)
-    return [jnp.maximum(aligned(cap, x.ndim).astype(wide), 0) for x, cap in zip(xs, stored, strict=True)]
-
-
-def _require_room(
-    scopes: Scopes, xs: Sequence[Array], caps: Sequence[Any], total: Any, upper: Any
-) -> None:
-    """The caps of each scope sum up to its total, as far as both are known and here."""
-    if any(map(_validate.is_traced, [*caps, *jax.tree.leaves(total)])) or any(scopes.mapped):
-        return
-    whole = [np.broadcast_to(np.asarray(cap, float), x.shape) for x, cap in zip(xs, caps, strict=True)]
-    rooms = [x.sum(axis=axes, keepdims=True) for x, axes in zip(whole, scopes.axes, strict=True)]
-    totals = _goals(scopes, xs, total)
-    if scopes.is_joint:
-        rooms = [
-            sum(room.sum() for room, other in zip(rooms, scopes.homes, strict=True) if other == home)
-            for home in scopes.homes
-        ]
-    for place, x, room, goal in zip(scopes.places, xs, rooms, totals, strict=True):
-        # A third, three times, may be a rounding below 1.
-        if x.size and np.any(room * (1 + 1e-6) < np.asarray(goal, float)):
-            raise ValueError(
-                "Expected upper times the number of entries to be at least total, got "
-                f"upper={upper!r} and total={total!r} for leaf {scopes.paths[place]!r} of shape "
-                f"{x.shape}."
-            )
-
-
-def _goals(scopes: Scopes, xs: Sequence[Array], total: Any) -> list[Any]:
-    """The total that each leaf has a part in, or that of each of its scopes."""
-    if not scopes.is_joint:
-        return _settings.per_leaf(scopes, xs, scopes.shapes, total=total)
-    if not isinstance(total, Mapping):
-        return [total] * len(xs)
-    names: dict[Any, str] = dict(enumerate(scopes.labels or ()))
-    return [total[names[row]] for _, row in scopes.homes]
-
-
-def excess(scopes: Scopes, wide: Sequence[Array], caps: Sequence[Array]) -> Cells:
-    """How far the entries of each scope are above their caps."""
-    return scopes.max([x - cap for x, cap in zip(wide, caps, strict=True)], initial=-jnp.inf)
+from optax_clip._numerics import accumulator
+from optax_clip._trees import Cells
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def threshold(cut: Cut, xs: list[Array], caps: list[Array], totals: Cells) -> list[Array]:
+def capped_threshold(cut: Entries, xs: list[Array], caps: list[Array], totals: Cells) -> list[Array]:
     """``min(max(t - θ, 0), cap)`` with θ such that each scope sums to its total.
 
     The search is constant to derivatives. Two more steps measure the entries from what it found, as a
@@ -112,7 +42,7 @@ class _Point(NamedTuple):
 
 
 def _step(
-    cut: Cut, xs: list[Array], caps: list[Array], origins: list[Cells], goals: Cells, thetas: Cells
+    cut: Entries, xs: list[Array], caps: list[Array], origins: list[Cells], goals: Cells, thetas: Cells
 ) -> _Point:
     """Newton's step towards the root; none where no entry moves."""
     depths = cut.depths(xs, [*origins, thetas])
@@ -140,7 +70,7 @@ class _Bracket(NamedTuple):
 _TURNS = 100  # a third of them halves the room for θ, beyond what a float32 can tell
 
 
-def _search(cut: Cut, xs: list[Array], caps: list[Array], peaks: Cells, goals: Cells) -> Cells:
+def _search(cut: Entries, xs: list[Array], caps: list[Array], peaks: Cells, goals: Cells) -> Cells:
     """θ measured from the largest entry: Newton's step where it stays between the bounds, else half way.
 
     A scope is done when a step of Newton's sees the same entries above 0 and at their caps as the one

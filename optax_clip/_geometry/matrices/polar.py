@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array, lax
 
-from optax_clip._matrices.split import Split, adjoint, largest_entry, over_matrix, real, tall
+from optax_clip._geometry.matrices.split import Split, adjoint, largest_entry, over_matrix, real, tall
 from optax_clip._numerics import power_of_two, scale
 
 # Odd polynomials a x + b x^3 + c x^5 whose composition is nearest to the sign on [-1, -l] and [l, 1], by

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from optax_clip._matrices.polar import SIGNS, bound_of
-from optax_clip._matrices.split import (
+from optax_clip._geometry.matrices.polar import SIGNS, bound_of
+from optax_clip._geometry.matrices.split import (
     Method,
     Split,
     adjoint,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from optax_clip._matrices.split import (
+from optax_clip._geometry.matrices.split import (
     Method,
     Split,
     by_platform,

@@ -1,0 +1,1 @@
+"""What happens to leaves, on either side: it knows of no state, rule, setting or record."""
