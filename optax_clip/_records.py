@@ -113,27 +113,36 @@ def transform(
         parts: ``params -> {path or label: field}``, what is reported besides.
     """
     _validate.name(name=name)
-    bare = not record and not remembers
     mapped = bool(_validate.axis_names(axis_name))
     layout = _Layout(name, fields, record, by_tree, scope, mapped, parts if record else None)
+    if not record and not remembers:
+        return _bare(step)
 
     def first(params: optax.Params) -> Any:
-        if bare:
-            return optax.EmptyState()
         recorded = layout.zeros(params) if record else {}
         return RecordedState(place_like(recorded, params), init(params))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, Any]:
-        if bare:
-            return step(updates, None, params, **extra)[0], optax.EmptyState()
         layout.require(state, updates, params)
         new, memory, report = step(updates, state.memory, params, **extra)
         recorded = layout.written(state.recorded, report()) if record else state.recorded
         return new, RecordedState(recorded, memory)
 
     return optax.GradientTransformationExtraArgs(first, update)
+
+
+def _bare(step: Callable[..., tuple[Any, Any, Any]]) -> optax.GradientTransformationExtraArgs:
+    """A transform without state."""
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, Any]:
+        del state
+        return step(updates, None, params, **extra)[0], optax.EmptyState()
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 class _Layout(NamedTuple):

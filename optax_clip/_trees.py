@@ -295,8 +295,8 @@ class Scopes(NamedTuple):
     def _reduce(self, terms: Sequence[Array], reduce: Any, collective: Any, combine: Any) -> Cells:
         keep = [not isinstance(where, int) and not self.is_global for _, where in self.homes]
         parts = [reduce(t, axis=a, keepdims=k) for t, a, k in zip(terms, self.axes, keep, strict=True)]
-        # A CPU's compiler takes seconds for a kernel that sums leaves and adds up their sums.
-        parts = list(map(lax.optimization_barrier, parts))
+        # On a CPU XLA takes seconds to compile a kernel that sums leaves and adds up their sums.
+        parts = _xla.each_once(parts)
         groups: dict[Any, Array] = {}
         for home, names, part in zip(self.homes, self.mapped, parts, strict=True):
             key = home, names

@@ -38,8 +38,8 @@ Ends = tuple[tuple[int, int], ...]
 
 
 def _by_hidden_starts(ends: Ends, vector: Array) -> list[Array]:
-    """Kernels of equal leaves that differ in no number are one to the compiler, which is slow."""
-    starts = lax.optimization_barrier([jnp.int32(start) for start, _ in ends])
+    """Start offsets from behind a barrier: kernels of equal leaves are then one, which XLA compiles once."""
+    starts = once([jnp.int32(start) for start, _ in ends])
     return [
         lax.dynamic_slice_in_dim(vector, start, stop - first)
         for start, (first, stop) in zip(starts, ends, strict=True)
@@ -75,31 +75,37 @@ def _(size: int, batched: list[bool], flag: Array) -> tuple[Array, bool]:
     return for_all(jnp.all(flag, axis=0)), False
 
 
-def apart(*parts: Array) -> tuple[Array, ...]:
+def once(x: T) -> T:
+    """A barrier: XLA computes what stands here once, and not anew in each kernel that reads it."""
+    computed: T = lax.optimization_barrier(x)
+    return computed
+
+
+def each_once(xs: Sequence[Array]) -> list[Array]:
+    """A barrier a leaf: one over all is waited for as a whole, and mixes their meshes on older JAX."""
+    return list(map(once, xs))
+
+
+def separate_reads(*parts: Array) -> tuple[Array, ...]:
     """The same arrays, for one sum over them.
 
-    What several sums have in common, a float32 copy or a broadcast scalar, is computed once and written
-    to memory. Behind barriers of their own they have nothing in common. Nor is ``(x k) (x k)`` for a
-    constant x then turned into ``k k x x``, which overflows.
+    XLA would write to memory what several sums share, a float32 copy or a broadcast scalar, and rewrite
+    ``(x k) (x k)`` of a constant x as ``k k x x``, which overflows. So each sum has a barrier of its own.
     """
     if len(parts) == 1 and parts[0].dtype.itemsize > 2:
         return parts
-    whole: tuple[Array, ...] = lax.optimization_barrier(parts)
-    return whole
+    return once(parts)
 
 
 def of_all(combine: Callable[[Array, Array], Array], parts: Sequence[Array]) -> Array:
     """One value of the values of many leaves.
 
-    Behind barriers, as XLA else combines all of them anew in each kernel that reads the result, and
-    compiles for as long as the square of their number.
+    XLA would combine them anew in each kernel that reads the result, and compile for as long as the
+    square of their number. So they stand behind one barrier, and the result behind another.
     """
     if len(parts) == 1:
         return parts[0]
-    whole: Array = lax.optimization_barrier(
-        functools.reduce(combine, lax.optimization_barrier(list(parts)))
-    )
-    return whole
+    return once(functools.reduce(combine, once(list(parts))))
 
 
 def sums_in_range(powers: Any, parts: list[tuple[Array, ...]]) -> tuple[list[Array], list[Array]]:
@@ -110,11 +116,11 @@ def sums_in_range(powers: Any, parts: list[tuple[Array, ...]]) -> tuple[list[Arr
 
     def read(*part: Array) -> Array:
         x = powers.read(*part)
-        # A sum of bfloat16 is rounded, which the fast sums do not take in.
+        # XLA's fast sum takes in no rounding, such as that of a sum of bfloat16.
         made = len(part) > 1 and x.dtype == jnp.bfloat16
-        return widen(lax.optimization_barrier(x) if made else x, powers.dtype)
+        return widen(once(x) if made else x, powers.dtype)
 
-    plain = powers.sum([read(*apart(*part)) for part in parts])
+    plain = powers.sum([read(*separate_reads(*part)) for part in parts])
     ones = [jnp.ones_like(s) for s in plain]
     if powers.never_out_of_range(parts):
         return plain, ones
@@ -127,7 +133,7 @@ def sums_in_range(powers: Any, parts: list[tuple[Array, ...]]) -> tuple[list[Arr
             jnp.where(high, small, jnp.where(low, large, 1)).astype(powers.dtype) for high, low in bad
         ]
         pairs = zip(parts, powers.scopes.per_leaf(scales), strict=True)
-        separate = [apart(*part, k) for part, k in pairs]
+        separate = [separate_reads(*part, k) for part, k in pairs]
         return powers.sum([scale(read(*part), k) for *part, k in separate]), scales
 
     everywhere = all_devices_agree(of_all(operator.and_, trusted or [jnp.array(True)]))
@@ -172,15 +178,12 @@ def count_outside(x: Array, low: Array, high: Array, *, at: bool = False) -> Arr
         return jnp.sum(outside, dtype=dtype)
 
     def in_arithmetic(x: Array, low: Array, high: Array) -> Array:
-        # The fast sums take in arithmetic, but neither comparison nor choice, whose result is written
-        # to memory first. So are constants that two sums share: each takes its own from a barrier.
-        numbers = (
-            0,
-            1,
-            1 / float(jnp.finfo(dtype).smallest_normal),
-        )  # the last takes normal ones above 1
-        own = [jnp.asarray(n, dtype) for n in (*numbers, float(jnp.finfo(dtype).max))]
-        x, low, high, zero, one, huge, most = lax.optimization_barrier((x, low, high, *own))
+        # Arithmetic only: XLA's fast sum takes in no comparison or choice, which are written to memory
+        # first. So are constants that two sums share: each takes its own from a barrier.
+        info = jnp.finfo(dtype)
+        least = float(info.smallest_normal)  # times its inverse any normal gap is at least 1
+        own = [jnp.asarray(n, dtype) for n in (0, 1, 1 / least, float(info.max))]
+        x, low, high, zero, one, huge, most = once((x, low, high, *own))
         x = size(x, dtype)
         finite = jnp.minimum(jnp.maximum(x, -most), most)  # inf - inf, at no bound, is NaN
         gap = jnp.minimum(high - finite, finite - low) if at else jnp.maximum(x - high, low - x)
@@ -197,9 +200,8 @@ def count_outside(x: Array, low: Array, high: Array, *, at: bool = False) -> Arr
 def select(xs: list[Array], flags: list[Array], ys: list[Array]) -> list[Array]:
     """For each leaf the second of two choices where a flag says so, in the dtype of the first.
 
-    On a CPU bfloat16 is chosen as integers: neither a conversion to bfloat16 nor a choice between two
-    such numbers is copied into each pass that reads the result, but written to memory. Integers are
-    copied.
+    XLA on a CPU writes to memory what is converted to bfloat16, or chosen between two such numbers, but
+    computes integers anew in each pass that reads them. So bfloat16 is chosen by its bits there.
     """
 
     def plain(xs: list[Array], flags: list[Array], ys: list[Array]) -> list[Array]:
@@ -215,25 +217,21 @@ def select(xs: list[Array], flags: list[Array], ys: list[Array]) -> list[Array]:
 
 
 def written_once(xs: list[Array]) -> list[Array]:
-    """Each written to memory: what a norm and a projection read is else computed a second time.
+    """A barrier a leaf on an NVIDIA GPU, so that XLA stores what a norm and a projection read.
 
-    Leaves that read their numbers from one vector else share a kernel, whose second result is copied.
+    It would compute that twice, and join the leaves that read from one vector to a kernel whose second
+    result is copied.
     """
-    return by_platform(xs, cuda=lambda xs: list(map(lax.optimization_barrier, xs)), default=list)
+    return by_platform(xs, cuda=each_once, default=list)
 
 
 def materialized(xs: Sequence[Array]) -> list[Array]:
     """Each as an array in memory, before it is measured.
 
-    Accelerators fuse the three forms of a gradient that a norm sums into the product that makes it,
-    which then writes three gradients. Leaf by leaf, as one barrier over all mixes their meshes on older
-    JAX. A CPU writes products to memory anyway.
+    XLA would fuse the three forms of a gradient that a norm sums into the product that makes it, which
+    on an accelerator then writes three gradients. On a CPU products are written anyway.
     """
-
-    def written(xs: list[Array]) -> list[Array]:
-        return list(map(lax.optimization_barrier, xs))
-
-    return by_platform(list(xs), cpu=list, default=written)
+    return by_platform(list(xs), cpu=list, default=each_once)
 
 
 def two_sums(x: Array, y: Array) -> tuple[Array, Array]:
@@ -243,10 +241,10 @@ def two_sums(x: Array, y: Array) -> tuple[Array, Array]:
         both = jnp.sum(lax.complex(x, y))
         return both.real, both.imag
 
-    def apart(x: Array, y: Array) -> tuple[Array, Array]:
+    def plain(x: Array, y: Array) -> tuple[Array, Array]:
         return jnp.sum(x), jnp.sum(y)
 
-    return by_platform(x, y, cuda=as_complex, default=apart)
+    return by_platform(x, y, cuda=as_complex, default=plain)
 
 
 def sums_of_columns(axes: tuple[int, ...], xs: Sequence[Array]) -> list[Array]:
@@ -266,7 +264,7 @@ def sums_of_columns(axes: tuple[int, ...], xs: Sequence[Array]) -> list[Array]:
         return plain(list(xs))
 
     def by_rows(xs: list[Array]) -> list[Array]:
-        return plain(lax.optimization_barrier(_windows(axis, rows, xs)))
+        return plain(once(_windows(axis, rows, xs)))
 
     return by_platform(list(xs), cuda=by_rows, default=plain)
 

@@ -295,16 +295,16 @@ class _Way(NamedTuple):
     def _rescaled(self, ps: list[Array], us: list[Array]) -> Landed:
         """By what is measured first: updates are written once, and norms read them for themselves."""
         factors: Any = self.to.factors
-        us = list(map(lax.optimization_barrier, us))
+        us = _xla.each_once(us)
         # Each reads for itself: XLA would compute p + u once for both, which a TPU then writes.
-        trees = [self.scopes.alone(list(map(lax.optimization_barrier, each))) for each in (ps, us)]
+        trees = [self.scopes.alone(_xla.each_once(each)) for each in (ps, us)]
         measured = factors(trees[0], self.memory, self.beside, trees[1])
         targets = measured.of(_reached(ps, us))
         return self._land(ps, us, targets), self.memory, measured.report() if self.record else ()
 
     def _moved(self, ps: list[Array], us: list[Array]) -> Landed:
         """By any other set or callable."""
-        us = list(map(lax.optimization_barrier, us))
+        us = _xla.each_once(us)
         reached = _reached(ps, us)
         tree, move = self.scopes.alone(reached), self.to.move
         params, memory = move(tree, self.memory, self.beside) if move else (self.to(tree), self.memory)
@@ -344,7 +344,7 @@ def _reached(ps: list[Array], us: list[Array]) -> list[Array]:
 def _landed_between(p: Array, u: Array, low: Array, high: Array) -> Array:
     if not jnp.iscomplexobj(p):
         return land_between(p, u, low, high)
-    u = lax.optimization_barrier(u)
+    u = _xla.once(u)
     return land(p, u, clamp(add_as_apply_updates(p, u), low, high), shrinks=True)
 
 

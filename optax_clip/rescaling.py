@@ -10,7 +10,7 @@ import optax
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from optax_clip import _settings, _validate
+from optax_clip import _settings, _validate, _xla
 from optax_clip._landing import add_as_apply_updates, land
 from optax_clip._mesh import all_reduce, reduction_axes, together
 from optax_clip._numerics import (
@@ -232,10 +232,8 @@ def _by_signal(
         ps = scopes.leaves_of(params, of=how.caller)
         ps, us = together(ps, us)
         paths = [scopes.paths[i] for i in scopes.places]
-        # Behind a barrier: compilers would else form the factors anew for each entry.
-        fs = lax.optimization_barrier(
-            [how.factor(*leaf, signal) for leaf in zip(paths, ps, strict=True)]
-        )
+        # Once: XLA would form the factors anew for each entry.
+        fs = _xla.once([how.factor(*leaf, signal) for leaf in zip(paths, ps, strict=True)])
         scaled = [None if f is None else _Scaled(p, u, f) for p, u, f in zip(ps, us, fs, strict=True)]
         new = [u if each is None else _rescaled(*each) for u, each in zip(us, scaled, strict=True)]
 

@@ -149,7 +149,7 @@ class _Guard(NamedTuple):
         skipped = spike & (in_a_row < jnp.asarray(self.max_consecutive))
         streak = jnp.where(finite, jnp.where(skipped, increment(in_a_row), 0), in_a_row)
         kept = {"skipped_in_a_row": streak, "value": new_value, "rule": new_rule}
-        take = lax.optimization_barrier(finite & ~skipped)
+        take = _xla.once(finite & ~skipped)
         return _Judged(take, skipped, finite, before, threshold, loss, highest, kept)
 
     def step(

@@ -16,11 +16,11 @@ SHARED = [
     "_xla",
     "_trees",
     "_landing",
-    "_matrices",
     "_settings",
     "_owners",
     "_records",
     "norms",
+    "_geometry",
 ]
 GRADIENTS = [*SHARED, "thresholds", "clipping", "skipping", "adaptive"]
 WEIGHTS = [*SHARED, "sets", "rescaling", "projection", "mapping", "masks"]

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from optax_clip._matrices import polar
 
-from optax_clip import _matrices
+from optax_clip._geometry import matrices
+from optax_clip._geometry.matrices import polar, split
 
 F32 = jnp.float32
 METHODS = ["eigh", "polar"]
@@ -49,7 +49,7 @@ def largest(x):
 
 
 def cap(x, limit=1.0, **kwargs):
-    return _matrices.cap_singular_values(x, jnp.asarray(limit, F32), **kwargs)
+    return matrices.cap_singular_values(x, jnp.asarray(limit, F32), **kwargs)
 
 
 # --- The polar factor ----------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def cap(x, limit=1.0, **kwargs):
 def test_the_polar_factor(shape):
     x = np.random.default_rng(1).normal(size=shape) * 1e20
     u, _, v = np.linalg.svd(x, full_matrices=False)
-    np.testing.assert_allclose(_matrices.msign(jnp.asarray(x, F32)), u @ v, atol=4e-6)
+    np.testing.assert_allclose(matrices.msign(jnp.asarray(x, F32)), u @ v, atol=4e-6)
 
 
 def test_the_polar_factor_of_a_hermitian_matrix_is_its_sign():
@@ -67,10 +67,10 @@ def test_the_polar_factor_of_a_hermitian_matrix_is_its_sign():
     q, _ = np.linalg.qr(rng.normal(size=(6, 6)) + 1j * rng.normal(size=(6, 6)))
     values = np.array([-1, -0.5, -1e-4, 1e-4, 0.5, 1])
     x = jnp.asarray((q * values) @ q.conj().T, jnp.complex64)
-    np.testing.assert_allclose(_matrices.msign(x), (q * np.sign(values)) @ q.conj().T, atol=2e-3)
-    np.testing.assert_array_equal(_matrices.msign(jnp.zeros((3, 2))), 0)
+    np.testing.assert_allclose(matrices.msign(x), (q * np.sign(values)) @ q.conj().T, atol=2e-3)
+    np.testing.assert_array_equal(matrices.msign(jnp.zeros((3, 2))), 0)
     np.testing.assert_allclose(
-        _matrices.msign(jnp.diag(jnp.array([2.0, 0, -3]))), np.diag([1, 0, -1]), atol=1e-6
+        matrices.msign(jnp.diag(jnp.array([2.0, 0, -3]))), np.diag([1, 0, -1]), atol=1e-6
     )
 
 
@@ -180,7 +180,7 @@ def test_derivatives_take_the_singular_vectors_as_constants(method):
     u, s, v = np.linalg.svd(np.asarray(x, np.float64), full_matrices=False)
     tangent = jax.jvp(lambda x: cap(x, method=method), (x,), (dx,))[1]
     np.testing.assert_allclose(tangent, (np.asarray(dx) @ v.T * np.minimum(1, 1 / s)) @ v, atol=1e-5)
-    one, by_limit = jnp.ones(()), lambda c: _matrices.cap_singular_values(x, c, method=method)
+    one, by_limit = jnp.ones(()), lambda c: matrices.cap_singular_values(x, c, method=method)
     np.testing.assert_allclose(jax.jvp(by_limit, (one,), (one,))[1], (u * (s > 1)) @ v, atol=1e-5)
     inside = jax.jvp(lambda x: cap(x, 100.0, method=method), (x,), (dx,))[1]
     np.testing.assert_array_equal(inside, dx)
@@ -189,7 +189,7 @@ def test_derivatives_take_the_singular_vectors_as_constants(method):
 
 
 def test_the_default_and_what_is_compiled():
-    assert [_matrices.default_method(p, n) for p in ("cpu", "tpu") for n in (64, 65)] == [
+    assert [split.default_method(p, n) for p in ("cpu", "tpu") for n in (64, 65)] == [
         "polar", "eigh", "polar", "polar",
     ]  # fmt: skip
     text = {
@@ -211,9 +211,9 @@ def test_the_largest_singular_value(method):
     for kind in SPECTRA:
         for shape in SHAPES:
             x = jnp.asarray(matrix(kind, shape, 1.2), F32)
-            found = _matrices.largest_singular_value(x, method=method)
+            found = matrices.largest_singular_value(x, method=method)
             np.testing.assert_allclose(found, largest(x), rtol=2e-6, err_msg=f"{kind} {shape}")
     x = jnp.stack([jnp.zeros((3, 2)), jnp.full((3, 2), 1e30), jnp.full((3, 2), jnp.nan)])
     np.testing.assert_allclose(
-        _matrices.largest_singular_value(x, method=method), [0, 6**0.5 * 1e30, np.nan], rtol=1e-6
+        matrices.largest_singular_value(x, method=method), [0, 6**0.5 * 1e30, np.nan], rtol=1e-6
     )

@@ -73,7 +73,7 @@ def beside_leaves(scopes: Scopes, plans: Sequence[Sequence[Array]]) -> list[tupl
 
     Behind a barrier, a cell at a time: XLA would else form them anew for each entry.
     """
-    cells = [lax.optimization_barrier(tuple(plan)) for plan in plans]
+    cells = [_xla.once(tuple(plan)) for plan in plans]
     columns = [scopes.per_leaf(list(column)) for column in zip(*cells, strict=True)]
     return list(zip(*columns, strict=True))
 
@@ -88,7 +88,7 @@ def clipped(scopes: Scopes, xs: list[Array], plans: Sequence[Clip], kept: Array 
     rows = beside_leaves(scopes, [plan[:3] for plan in plans])
     new = [rescaled(x, *factors) for x, (_, *factors) in zip(xs, rows, strict=True)]
     if kept is not None:
-        kept = lax.optimization_barrier(kept)
+        kept = _xla.once(kept)
         new = [lax.select(kept, y, jnp.zeros_like(y)) for y in new]
     return _xla.select(xs, [changed for changed, *_ in rows], new)
 

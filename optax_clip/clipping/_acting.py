@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
 from optax_clip import _validate, _xla
@@ -159,7 +159,7 @@ class Cut(NamedTuple):
         values = self.leaves([part.scopes.per_leaf(cells) for part, cells in rows])
         widest = np.result_type(*(x.dtype for x in values))
         # Behind barriers: in a kernel with the factors of a leaf the rest would make these wait.
-        return self.scopes.cells([lax.optimization_barrier(x.astype(widest)) for x in values])
+        return self.scopes.cells(_xla.each_once([x.astype(widest) for x in values]))
 
 
 class Found(NamedTuple):

@@ -1,7 +1,7 @@
 """Clip the singular values of matrices."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
@@ -79,11 +79,21 @@ def clip_singular_values(
     _validate.method(method)
     _validate.one_of(("propagate", "zero"), nonfinite=nonfinite)
     _validate.record(record)
+    capping = _Capping(limits, method, nonfinite)
+    return transform(
+        name, ("norms", "counts"), lambda params: limits.init(params, "global"), capping.step,
+        record=record, remembers=limits.remembers,
+    )  # fmt: skip
 
-    def init(params: optax.Params) -> Any:
-        return limits.init(params, "global")
 
-    def step(updates: optax.Updates, memory: Any, params: Any, **extra: Any) -> tuple[Any, Any, Any]:
+class _Capping(NamedTuple):
+    """What `clip_singular_values` was called with. Static."""
+
+    limits: Limits
+    method: Method | None
+    nonfinite: str
+
+    def step(self, updates: optax.Updates, memory: Any, params: Any, **extra: Any) -> Any:
         del params, extra
         scopes, xs = Scopes.of(updates, "global")
         _require_whole(scopes, xs)
@@ -91,27 +101,31 @@ def clip_singular_values(
         norms = measure(scopes, xs, None)
         finite = all_finite(norms)
         seen = Seen(scopes, norms, norms[0].value, [finite], None, None)
-        (limit,), memory = limits.update(seen, memory)
-        capped = [
-            matrices.cap_singular_values(x, limit, method=method) if _is_matrix(x) else x for x in xs
-        ]
+        (limit,), memory = self.limits.update(seen, memory)
         # Not one number for both cases: where it is made outside of jit it would trip `jax.debug_nans`.
-        zeroed = ~finite & (nonfinite == "zero")
+        zeroed = ~finite & (self.nonfinite == "zero")
         broken = ~finite | jnp.isnan(limit)
+        capped = [self.capped(x, limit) for x in xs]
         new = [jnp.where(zeroed, 0, jnp.where(broken, jnp.nan, x)) for x in capped]
 
         def report() -> Report:
             (after,) = measure(scopes, new, None)
-            changed = [
-                jnp.any(x != y, axis=(-2, -1)) for x, y in zip(xs, new, strict=True) if _is_matrix(x)
-            ]
-            return clip_report(
-                norms[0].value, after.value, limit, jnp.where(finite, fraction(changed), 0), finite
-            )
+            share = jnp.where(finite, fraction(_changed(xs, new)), 0)
+            return clip_report(norms[0].value, after.value, limit, share, finite)
 
         return scopes.rebuild(updates, new), memory, report
 
-    return transform(name, ("norms", "counts"), init, step, record=record, remembers=limits.remembers)
+    def capped(self, x: Array, limit: Array) -> Array:
+        if not _is_matrix(x):
+            return x
+        capped: Array = matrices.cap_singular_values(x, limit, method=self.method)
+        return capped
+
+
+def _changed(xs: Sequence[Array], new: Sequence[Array]) -> list[Array]:
+    """Which matrices were changed, of each leaf that has any."""
+    pairs = zip(xs, new, strict=True)
+    return [jnp.any(x != y, axis=(-2, -1)) for x, y in pairs if _is_matrix(x)]
 
 
 def _is_matrix(x: Array) -> bool:

@@ -22,9 +22,9 @@ from optax_clip._values import value_object
 from optax_clip.sets.constraint import (
     Constraint,
     NormBounds,
+    at_start_only,
     initial,
     largest,
-    remembering,
     require_real,
 )
 
@@ -172,7 +172,7 @@ def init_box(kappa: ArrayLike, *, axis_name: AxisName = None) -> Constraint:
         require_real(*Scopes.of(params, "leaf", axis_name=()), of="box")
         return cube(bounds, "kappa", params, memory, beside)
 
-    return remembering(bounds, "kappa", entrywise(ends, axis_name))._replace(init=init)
+    return at_start_only(entrywise(ends, axis_name)._replace(init=init), "kappa", kappa)
 
 
 def cube(

@@ -237,8 +237,8 @@ def _at_start(scopes: Scopes, memory: Array, like: Cells, ord: Ord) -> Cells:
     return [norm.value for norm in measure(whole, leaves, ord)]
 
 
-def no_start(name: str, value: Any) -> Callable[[optax.Params], Any]:
-    """What `project` and `violation` get of a set that is relative to the start."""
+def at_start_only(constraint: Constraint, name: str, value: Any) -> Constraint:
+    """A set relative to the start, of which `project` and `violation` know nothing."""
 
     def raises(params: optax.Params) -> Any:
         del params
@@ -247,15 +247,14 @@ def no_start(name: str, value: Any) -> Callable[[optax.Params], Any]:
             f"project and violation know of none, got {name}={value!r}.{STATIC}"
         )
 
-    return raises
+    return constraint._replace(nearest=raises, excess=raises)
 
 
 def remembering(bounds: NormBounds, name: str, constraint: Constraint) -> Constraint:
     """With the norms at the start, if it needs them."""
     if not bounds.remembers:
         return constraint
-    raises = no_start(name, bounds.settings[name])
-    return constraint._replace(nearest=raises, excess=raises, init=bounds.init)
+    return at_start_only(constraint._replace(init=bounds.init), name, bounds.settings[name])
 
 
 def as_constraint(constraint: Any) -> Constraint:

@@ -93,42 +93,50 @@ def simplex(
     upper = upper if upper is None else _settings.limit(upper=upper)
     _validate.scope(scope)
     _validate.axis_name(axis_name=axis_name)
+    simplex = _Simplex(total, upper, scope, axis_name)
+    return Constraint(
+        lambda params: simplex.move(params, None, None)[0], simplex.excess,
+        shrinks=None if upper is None else True, move=simplex.move, axis_name=axis_name, scope=scope,
+    )  # fmt: skip
 
-    def read(params: optax.Params) -> _Read:
-        scopes, xs = Scopes.of(params, scope, axis_name)
+
+class _Simplex(NamedTuple):
+    """What `simplex` was called with."""
+
+    total: Any
+    upper: Any
+    scope: Scope
+    axis_name: AxisName
+
+    def read(self, params: optax.Params) -> "_Read":
+        scopes, xs = Scopes.of(params, self.scope, self.axis_name)
         require_real(scopes, xs, of="simplex")
         wide = [widen(x, accumulator(xs)) for x in xs]
         lowest = [-peak for peak in scopes.max([-t for t in wide], initial=-jnp.inf)]
         highest, sums = scopes.max(wide, initial=-jnp.inf), scopes.sum(wide)
-        totals = _settings.per_scope(scopes, xs, sums, total=total)
-        caps = None if upper is None else _caps(scopes, xs, upper, total)
+        totals = _settings.per_scope(scopes, xs, sums, total=self.total)
+        caps = None if self.upper is None else _caps(scopes, xs, self.upper, self.total)
         over = [0 * low for low in lowest] if caps is None else _above(scopes, wide, caps)
         return _Read(scopes, xs, caps, _Sums(sums, lowest, highest, totals, over))
 
-    def move(params: optax.Params, memory: Any, beside: Any) -> tuple[optax.Params, Any]:
+    def move(self, params: optax.Params, memory: Any, beside: Any) -> tuple[optax.Params, Any]:
         del beside
-        scopes, xs, caps, found = read(params)
+        scopes, xs, caps, found = self.read(params)
         keeps = [_is_on(*each) for each in zip(*found, scopes.counts, strict=True)]
-        cut = Entries(scopes, _as_it_is)
-        new = (
-            soft_threshold(cut, xs, found.totals)
-            if caps is None
-            else capped_threshold(cut, xs, caps, found.totals)
-        )
+        entries = Entries(scopes, _as_it_is)
+        if caps is None:
+            new = soft_threshold(entries, xs, found.totals)
+        else:
+            new = capped_threshold(entries, xs, caps, found.totals)
         kept = zip(xs, new, _xla.written_once(scopes.per_leaf(keeps)), strict=True)
         inside = [_unless(keep, x, y.astype(x.dtype)) for x, y, keep in kept]
         return scopes.rebuild(params, inside), memory
 
-    def excess(params: optax.Params) -> Array:
-        _, xs, _, found = read(params)
+    def excess(self, params: optax.Params) -> Array:
+        _, xs, _, found = self.read(params)
         ends = zip(found.sums, found.lowest, found.totals, found.over, strict=True)
         errors = [(jnp.abs(s - t), -low, over) for s, low, t, over in ends if xs]
         return largest([jnp.maximum(functools.reduce(jnp.maximum, each), 0) for each in errors])
-
-    return Constraint(
-        lambda params: move(params, None, None)[0], excess,
-        shrinks=None if upper is None else True, move=move, axis_name=axis_name, scope=scope,
-    )  # fmt: skip
 
 
 class _Sums(NamedTuple):

@@ -19,7 +19,7 @@ from optax_clip._numerics import accumulator, as_dtype
 from optax_clip._settings import Initial, Setting
 from optax_clip._trees import Scopes, flatten, is_inexact, shape_of
 from optax_clip._values import value_object
-from optax_clip.sets.constraint import Constraint, largest, no_start
+from optax_clip.sets.constraint import Constraint, at_start_only, largest
 
 __all__ = ["spectral_ball"]
 
@@ -107,18 +107,12 @@ def spectral_ball(
         _validate.static(power_iterations=power_iterations)
         _validate.integer(1, power_iterations=power_iterations)
     ball = _Ball(radius, method, power_iterations, flatten, axis_name)
-    remembers = power_iterations is not None or isinstance(radius, Initial)
-    raises = no_start("radius", radius)
-    relative = isinstance(radius, Initial)
-    return Constraint(
-        raises if relative else ball.nearest,
-        raises if relative else ball.excess,
-        shrinks=power_iterations is not None,
-        move=ball.move,
-        init=ball.init if remembers else None,
-        axis_name=axis_name,
-        scope="leaf",
-    )
+    relative, cheap = isinstance(radius, Initial), power_iterations is not None
+    constraint = Constraint(
+        ball.nearest, ball.excess, shrinks=cheap, move=ball.move,
+        init=ball.init if cheap or relative else None, axis_name=axis_name, scope="leaf",
+    )  # fmt: skip
+    return at_start_only(constraint, "radius", radius) if relative else constraint
 
 
 class _Matrices(NamedTuple):

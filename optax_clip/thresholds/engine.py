@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from optax_clip import _owners, _validate
+from optax_clip import _owners, _validate, _xla
 from optax_clip._mesh import all_reduce, place_like, placed_like, varying_axes
 from optax_clip._numerics import accumulator, as_dtype
 from optax_clip._records import increment
@@ -283,6 +283,6 @@ def lowest(limits: Cells) -> Array:
 
     By a maximum, which travels with those of other metrics if it is not in a kernel with their sums.
     """
-    each = [jnp.max(-x, initial=-jnp.inf) for x in map(lax.optimization_barrier, limits)]
+    each = [jnp.max(-x, initial=-jnp.inf) for x in _xla.each_once(limits)]
     each = all_reduce(each, [varying_axes(x) for x in each], lax.pmax)
     return -functools.reduce(jnp.maximum, each)

@@ -125,22 +125,28 @@ def running_quantile(
         limits = jnp.where(warming, jnp.inf, level)
         over = known & (norms > limits)
         streak = jnp.where(over, increment(state["streak"]), 0)
-        # ln 1e-6 / ln(1 - q): inf at q = 0, where every step may be clipped, and 0 at q = 1.
-        patience = jnp.maximum(number(rearm, norms), math.log(1e-6) / jnp.log1p(-number(q, norms)))
-        lost = over & (streak.astype(norms.dtype) >= patience)
+        lost = over & (streak.astype(norms.dtype) >= _patience(q, rearm, norms))
         to_mean = (jnp.log(jnp.where(known, norms, 1)) - jnp.log(level)) / _at_least_one(seen, norms)
         balance = number(rate, norms) * (number(q, norms) - (~over).astype(norms.dtype))
-        info = jnp.finfo(norms.dtype)
-        moved = level * jnp.exp(jnp.where(warming, to_mean, balance))
-        moved = jnp.clip(moved, info.smallest_normal, info.max)
-        new = {
-            "seen": seen,
-            "level": jnp.where(lost, norms, moved),
-            "streak": jnp.where(lost, 0, streak),
-        }
-        return limits, select(known, new, state)
+        moved = _positive(level * jnp.exp(jnp.where(warming, to_mean, balance)))
+        new = {"level": jnp.where(lost, norms, moved), "streak": jnp.where(lost, 0, streak)}
+        return limits, select(known, {"seen": seen, **new}, state)
 
     return ThresholdRule(init, update)
+
+
+def _patience(q: ArrayLike, rearm: ArrayLike, norms: Array) -> Array:
+    """After so many steps over a quantile in a row it is lost: by chance that is one time in a million.
+
+    ln 1e-6 / ln(1 - q): inf at q = 0, where every step may be clipped, and 0 at q = 1.
+    """
+    return jnp.maximum(number(rearm, norms), math.log(1e-6) / jnp.log1p(-number(q, norms)))
+
+
+def _positive(x: Array) -> Array:
+    """Kept normal and finite, as what is multiplied from step to step."""
+    info = jnp.finfo(x.dtype)
+    return jnp.clip(x, info.smallest_normal, info.max)
 
 
 @value_object
@@ -204,33 +210,44 @@ def zscore(
         _validate.at_least(0, max_norm=max_norm)
     cap: ArrayLike = jnp.inf if max_norm is None else max_norm
 
-    def init(norms: Array) -> Memory:
-        # Two arrays, not one twice: a state may be donated.
-        mean, std = jnp.zeros_like(norms), jnp.zeros_like(norms)
-        return {"seen": counts(norms), "mean": mean, "std": std, "streak": counts(norms)}
-
     def update(norms: Array, state: Memory, *_: Any) -> tuple[Array, Memory]:
-        known = usable(norms)
-        seen = increment(state["seen"], known)
-        mean, std = state["mean"], state["std"]
-        warming = state["seen"] < jnp.maximum(count(warmup), 1)
-        highest = mean + number(z, norms) * (std + 1e-6)
-        spike = known & ~warming & (norms > highest)
-        cut = mean + number(z, norms) ** 2 * ((std + 1e-6) / jnp.where(spike, norms - mean, 1)) * std
-        limits = jnp.where(spike, cut, jnp.where(warming, jnp.inf, highest))
+        known, warming = usable(norms), state["seen"] < jnp.maximum(count(warmup), 1)
+        limits, spike = _deviations(norms, state, number(z, norms), known & ~warming)
+        limits = jnp.where(warming, jnp.inf, limits)
         x = jnp.where(spike & (state["streak"] < count(rearm)), limits, norms)
+        seen = increment(state["seen"], known)
         weight = jnp.where(warming, 1 / _at_least_one(seen, norms), 1 - number(decay, norms))
-        # Welford's update in warm-up, the running one after it.
-        share = jnp.where(warming, jnp.sqrt(1 - weight), 1 - weight) * jnp.sqrt(weight)
         new = {
             "seen": seen,
-            "mean": mean + weight * (x - mean),
-            "std": _hypot(jnp.sqrt(1 - weight) * std, share * (x - mean)),
+            **_moments(state, x, weight, warming),
             "streak": jnp.where(spike, increment(state["streak"]), 0),
         }
         return jnp.minimum(limits, jnp.maximum(number(cap, norms), 0)), select(known, new, state)
 
-    return ThresholdRule(init, update)
+    return ThresholdRule(_no_moments, update)
+
+
+def _no_moments(norms: Array) -> Memory:
+    # Two arrays, not one twice: a state may be donated.
+    mean, std = jnp.zeros_like(norms), jnp.zeros_like(norms)
+    return {"seen": counts(norms), "mean": mean, "std": std, "streak": counts(norms)}
+
+
+def _deviations(norms: Array, state: Memory, z: Array, judged: Array) -> tuple[Array, Array]:
+    """The limit, lower for what is a spike, and which norms are."""
+    mean, std = state["mean"], state["std"] + 1e-6
+    highest = mean + z * std
+    spike = judged & (norms > highest)
+    cut = mean + z**2 * (std / jnp.where(spike, norms - mean, 1)) * state["std"]
+    return jnp.where(spike, cut, highest), spike
+
+
+def _moments(state: Memory, x: Array, weight: Array, warming: Array) -> Memory:
+    """Mean and deviation with one norm more: Welford's update in warm-up, the running one after it."""
+    gap = x - state["mean"]
+    share = jnp.where(warming, jnp.sqrt(1 - weight), 1 - weight) * jnp.sqrt(weight)
+    std = _hypot(jnp.sqrt(1 - weight) * state["std"], share * gap)
+    return {"mean": state["mean"] + weight * gap, "std": std}
 
 
 @value_object
@@ -294,24 +311,31 @@ def ema_ratio(
     def update(
         norms: Array, state: Memory, param_norms: Array | None, total: Array
     ) -> tuple[Array, Memory]:
-        known = usable(norms)
-        seen = increment(state["seen"], jnp.isfinite(norms))
-        gamma = state["gamma"]
+        seen, gamma = increment(state["seen"], jnp.isfinite(norms)), state["gamma"]
         warming = (seen < count(warmup)) | (gamma == 0)
         common = _global_limits(norms, total, max_norm)
         limits = jnp.where(warming, common, number(ratio, norms) * gamma)
         x = jnp.minimum(norms, limits)
-        lowest = jnp.where(gamma > 0, jnp.minimum(gamma, x), x)
-        mean = number(decay, norms) * gamma + (1 - number(decay, norms)) * x
-        new = {"gamma": jnp.where(warming, lowest, mean)}
+        new = {"gamma": _running(gamma, x, number(decay, norms), warming)}
         if rearm is not None:
-            streak = jnp.where(~warming & (norms > limits), increment(state["streak"]), 0)
-            lost = streak >= count(rearm)
-            new = {"gamma": jnp.where(lost, norms, new["gamma"]), "streak": jnp.where(lost, 0, streak)}
+            new = _rearmed(norms, ~warming & (norms > limits), new["gamma"], state["streak"], rearm)
         old = {key: state[key] for key in new}
-        return limits, {"seen": seen, **select(known & (x > 0), new, old)}
+        return limits, {"seen": seen, **select(usable(norms) & (x > 0), new, old)}
 
     return ThresholdRule(init, update)
+
+
+def _running(gamma: Array, x: Array, decay: Array, warming: Array) -> Array:
+    """The running mean with one norm more; in warm-up the lowest norm."""
+    lowest = jnp.where(gamma > 0, jnp.minimum(gamma, x), x)
+    return jnp.where(warming, lowest, decay * gamma + (1 - decay) * x)
+
+
+def _rearmed(norms: Array, over: Array, gamma: Array, streak: Array, rearm: ArrayLike) -> Memory:
+    """After so many norms over the limit in a row the mean starts anew."""
+    streak = jnp.where(over, increment(streak), 0)
+    lost = streak >= count(rearm)
+    return {"gamma": jnp.where(lost, norms, gamma), "streak": jnp.where(lost, 0, streak)}
 
 
 def _global_limits(norms: Array, total: Array, max_norm: ArrayLike) -> Array:

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optax_clip import _matrices
+from optax_clip._geometry import matrices
 from test_matrices import F32, cap, eps
 
 
@@ -46,7 +46,7 @@ def test_on_a_mesh_nothing_is_gathered(shape, spec, kind):
 
 
 def _top(x):
-    return _matrices.largest_singular_value(x, method="polar")
+    return matrices.largest_singular_value(x, method="polar")
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
