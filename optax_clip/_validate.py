@@ -52,7 +52,7 @@ def off(x: Any, infinity: str = "jnp.inf") -> str:
 def real(**named: Any) -> None:
     """Each value is a real number or an array of them."""
     for name, x in named.items():
-        if not _is_real(x):
+        if not is_real(x):
             raise TypeError(f"Expected {name} to be a real number or an array, got {name}={x!r}.")
 
 
@@ -172,15 +172,6 @@ def static(**named: Any) -> None:
             )
 
 
-def order(ord: Any) -> None:
-    """The order of a norm: None, "rms" or a number >= 1."""
-    static(ord=ord)
-    if ord is None or (isinstance(ord, str) and ord == "rms"):
-        return
-    if not _is_real(ord) or not ord >= 1:
-        raise ValueError(f'Expected ord to be None, "rms" or a number >= 1, got ord={ord!r}.')
-
-
 def scope(scope: Any) -> None:
     """A scope: a word, the axes to reduce, or a callable that gives one of these."""
     static(scope=scope)
@@ -207,13 +198,13 @@ def axis_name(**named: Any) -> None:
 
 
 def _one_real(name: str, x: Any, ndim: int | None, infinity: str = "") -> None:
-    if not _is_real(x):
+    if not is_real(x):
         raise TypeError(f"Expected {name} to be a real number, got {name}={x!r}.{off(x, infinity)}")
     if ndim is not None and jnp.ndim(x) != ndim:
         raise ValueError(f"Expected {name} to be one number, got {name} of shape {jnp.shape(x)}.")
 
 
-def _is_real(x: Any) -> bool:
+def is_real(x: Any) -> bool:
     real = jnp.integer, jnp.floating
     return not isinstance(x, bool) and any(jnp.issubdtype(_dtype(x), kind) for kind in real)
 

@@ -38,7 +38,7 @@ Ends = tuple[tuple[int, int], ...]
 
 
 def _by_hidden_starts(ends: Ends, vector: Array) -> list[Array]:
-    """Start offsets from behind a barrier: kernels of equal leaves are then one, which XLA compiles once."""
+    """Starts from behind a barrier: equal leaves have equal kernels, which XLA compiles once."""
     starts = once([jnp.int32(start) for start, _ in ends])
     return [
         lax.dynamic_slice_in_dim(vector, start, stop - first)
@@ -76,7 +76,7 @@ def _(size: int, batched: list[bool], flag: Array) -> tuple[Array, bool]:
 
 
 def once(x: T) -> T:
-    """A barrier: XLA computes what stands here once, and not anew in each kernel that reads it."""
+    """A barrier: XLA computes this once, and not anew in each kernel that reads it."""
     computed: T = lax.optimization_barrier(x)
     return computed
 
@@ -90,7 +90,7 @@ def separate_reads(*parts: Array) -> tuple[Array, ...]:
     """The same arrays, for one sum over them.
 
     XLA would write to memory what several sums share, a float32 copy or a broadcast scalar, and rewrite
-    ``(x k) (x k)`` of a constant x as ``k k x x``, which overflows. So each sum has a barrier of its own.
+    ``(x k) (x k)`` of a constant x as ``k k x x``, which overflows. So each has a barrier of its own.
     """
     if len(parts) == 1 and parts[0].dtype.itemsize > 2:
         return parts

@@ -18,6 +18,29 @@ from optax_clip._validate import AxisName, Groups, Ord, Scope
 __all__ = ["global_norm", "groups", "per_layer", "tree_norms"]
 
 
+class Order(NamedTuple):
+    """Which norm: the root of the sum of powers of the entries, or of their mean."""
+
+    power: float
+    mean: bool = False
+
+    @classmethod
+    def of(cls, ord: Any) -> "Order":
+        """That of an argument ``ord``: None, a word or a number >= 1."""
+        _validate.static(ord=ord)
+        if ord is None or isinstance(ord, str):
+            found = ORDERS.get(ord)
+        else:
+            found = cls(float(ord)) if _validate.is_real(ord) and ord >= 1 else None
+        if found is None:
+            words = ", ".join(f'"{word}"' for word in ORDERS if word)
+            raise ValueError(f"Expected ord to be None, {words} or a number >= 1, got ord={ord!r}.")
+        return found
+
+
+ORDERS = {None: Order(2.0), "rms": Order(2.0, mean=True)}
+
+
 class Norm(NamedTuple):
     """A norm kept as ``root / scale``, ``scale`` a power of two, so that neither part overflows."""
 
@@ -114,7 +137,7 @@ def tree_norms(tree: Any, *, scope: Scope = "leaf", ord: Ord = None, axis_name: 
         >>> print(tree_norms({"kernel": kernel}, scope="unit")["kernel"])
         [[5. 2.]]
     """
-    _validate.order(ord)
+    Order.of(ord)
     _validate.scope(scope)
     _validate.axis_name(axis_name=axis_name)
     scopes, xs = Scopes.of(tree, scope, axis_name)
@@ -202,12 +225,12 @@ def measure(
 
     ``unwritten``: a TPU takes the sums of a leaf into the product that makes it, if each is plain.
     """
-    p, dtype = exponent(ord), accumulator(xs)
+    (p, mean), dtype = Order.of(ord), accumulator(xs)
     parts = list(zip(xs, *others, strict=True))
     if p == math.inf:
         return [Norm.of(top) for top in scopes.max([modulus(widen(read(*x), dtype)) for x in parts])]
     if p not in (1, 2):
-        return _power_norms(scopes, [read(*x) for x in parts], p)
+        return _power_norms(scopes, [read(*x) for x in parts], p, mean=mean)
     powers = Powers(scopes, p, dtype, read)
     sums, scales = _xla.by_platform(
         parts,
@@ -215,11 +238,12 @@ def measure(
         tpu=functools.partial(_sums_in_range, powers, plain=unwritten),
         default=functools.partial(_sums_in_range, powers),
     )
-    means = [
-        s / jnp.maximum(_like(n, s), 1) if ord == "rms" else s
-        for s, n in zip(sums, scopes.counts, strict=True)
-    ]
-    return [Norm.of(_root(s, p), k) for s, k in zip(means, scales, strict=True)]
+    found = _averaged(scopes, sums) if mean else sums
+    return [Norm.of(_root(s, p), k) for s, k in zip(found, scales, strict=True)]
+
+
+def _averaged(scopes: Scopes, sums: Cells) -> Cells:
+    return [s / jnp.maximum(_like(n, s), 1) for s, n in zip(sums, scopes.counts, strict=True)]
 
 
 class Powers(NamedTuple):
@@ -304,7 +328,7 @@ def _by_part(change: Callable[[Array], Array], x: Array) -> Array:
     return lax.complex(change(x.real), change(x.imag)) if jnp.iscomplexobj(x) else change(x)
 
 
-def _power_norms(scopes: Scopes, xs: Sequence[Array], p: float) -> list[Norm]:
+def _power_norms(scopes: Scopes, xs: Sequence[Array], p: float, *, mean: bool) -> list[Norm]:
     """High powers are in range relative to the largest entry, whose power of two is kept apart."""
     wide = [widen(x, accumulator(xs)) for x in xs]
     peaks = scopes.max([jnp.abs(lax.stop_gradient(x)) for x in wide])
@@ -313,16 +337,15 @@ def _power_norms(scopes: Scopes, xs: Sequence[Array], p: float) -> list[Norm]:
     tops = [jnp.where((top > 0) & (top < jnp.inf), top, 1) for top in tops]
     columns = scopes.per_leaf(scales), scopes.per_leaf([1 / top for top in tops])
     terms = [_power(scale(x, *factors), p) for x, *factors in zip(wide, *columns, strict=True)]
-    return [
-        Norm(_root(s, p) * top, k) for s, top, k in zip(scopes.sum(terms), tops, scales, strict=True)
-    ]
+    sums = _averaged(scopes, scopes.sum(terms)) if mean else scopes.sum(terms)
+    return [Norm(_root(s, p) * top, k) for s, top, k in zip(sums, tops, scales, strict=True)]
 
 
 def total(scopes: Scopes, values: Cells, ord: Ord) -> Array:
     """The norm of the whole tree from the norms of its scopes."""
     if scopes.is_global:
         return values[0]
-    p, names = exponent(ord), [varying_axes(v) for v in values]
+    (p, mean), names = Order.of(ord), [varying_axes(v) for v in values]
 
     def pool(terms: Cells, *, maximum: bool = False) -> Array:
         parts = [jnp.max(t, initial=0) if maximum else jnp.sum(t) for t in terms]
@@ -334,12 +357,12 @@ def total(scopes: Scopes, values: Cells, ord: Ord) -> Array:
     scaling = reciprocal(power_of_two(peak))
     top = peak * scaling
     terms = [_power(v * scaling / top, p) for v in values]
-    if ord == "rms":
+    if mean:
         sizes = [
             jnp.broadcast_to(_like(n, v), v.shape) for n, v in zip(scopes.counts, values, strict=True)
         ]
-        mean = pool([t * n for t, n in zip(terms, sizes, strict=True)]) / jnp.maximum(pool(sizes), 1)
-        return top * _root(mean, p) / scaling
+        average = pool([t * n for t, n in zip(terms, sizes, strict=True)]) / jnp.maximum(pool(sizes), 1)
+        return top * _root(average, p) / scaling
     return top * _root(pool(terms, maximum=p == math.inf), p) / scaling
 
 
@@ -352,10 +375,6 @@ def all_finite(norms: Sequence[Norm]) -> Array:
         jnp.max((~jnp.isfinite(norm.root)).astype(norm.root.dtype), initial=0) == 0 for norm in norms
     ]
     return all_devices_agree(_xla.of_all(operator.and_, finite or [jnp.array(True)]))
-
-
-def exponent(ord: Ord) -> float:
-    return 2.0 if ord is None or ord == "rms" else float(ord)
 
 
 def _like(count: Any, x: Array) -> Array:

@@ -298,9 +298,9 @@ class _Way(NamedTuple):
         us = _xla.each_once(us)
         # Each reads for itself: XLA would compute p + u once for both, which a TPU then writes.
         trees = [self.scopes.alone(_xla.each_once(each)) for each in (ps, us)]
-        measured = factors(trees[0], self.memory, self.beside, trees[1])
-        targets = measured.of(_reached(ps, us))
-        return self._land(ps, us, targets), self.memory, measured.report() if self.record else ()
+        apply, rows, report = factors(trees[0], self.memory, self.beside, trees[1])
+        targets = [apply(x, *row) for x, row in zip(_reached(ps, us), rows, strict=True)]
+        return self._land(ps, us, targets), self.memory, report() if self.record else ()
 
     def _moved(self, ps: list[Array], us: list[Array]) -> Landed:
         """By any other set or callable."""

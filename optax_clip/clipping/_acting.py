@@ -16,7 +16,7 @@ from optax_clip._records import Report, fraction, transform
 from optax_clip._trees import Cells, Scopes
 from optax_clip._validate import AxisName, Ord, Record, Scope
 from optax_clip.clipping._reports import NamedParts, clip_report, named_parts
-from optax_clip.norms import Norm, all_finite, measure, total
+from optax_clip.norms import Norm, Order, all_finite, measure, total
 from optax_clip.thresholds.engine import A_RULE, Limits, Seen, lowest
 
 POLICIES = ("propagate", "zero", "local")
@@ -35,7 +35,7 @@ class Clipping(NamedTuple):
 
     def check(self) -> None:
         _validate.scope(self.scope)
-        _validate.order(self.ord)
+        Order.of(self.ord)
         _validate.axis_name(axis_name=self.axis_name)
         _validate.one_of(POLICIES, nonfinite=self.nonfinite)
 

@@ -11,7 +11,7 @@ from optax_clip._records import Report, transform
 from optax_clip._trees import Scopes
 from optax_clip._validate import AxisName, Groups, Ord, Scope
 from optax_clip.clipping._reports import part_names
-from optax_clip.norms import measure
+from optax_clip.norms import Order, measure
 
 __all__ = ["record_norms"]
 
@@ -66,7 +66,7 @@ def record_norms(
         You, Gitman, Ginsburg, 2017, https://arxiv.org/abs/1708.03888, for the ratio.
     """
     _validate.scope(scope)
-    _validate.order(ord)
+    Order.of(ord)
     _validate.axis_name(axis_name=axis_name)
     _validate.record(record)
     known = ("updates",), ("params",), ("updates", "params"), ("params", "updates")

@@ -173,7 +173,9 @@ def _rescaled_set(bounds: NormBounds, lower: str, upper: str, *, shrinks: bool |
 
     def nearest(params: optax.Params) -> optax.Params:
         scopes, xs = Scopes.of(params, "leaf", axis_name=())
-        inside: optax.Params = scopes.rebuild(params, factors(params, None, None).of(xs))
+        apply, rows, _ = factors(params, None, None)
+        new = [apply(x, *row) for x, row in zip(xs, rows, strict=True)]
+        inside: optax.Params = scopes.rebuild(params, new)
         return inside
 
     mapped = functools.partial(by_norms, bounds, lower, upper)
@@ -212,4 +214,4 @@ def _factors(
     plans = [radial.move_between(*own, sphere=sphere) for own in each]
     rows = radial.beside_leaves(scopes, [plan[:4] for plan in plans])
     report = moved_by(scopes, [plan.gap for plan in plans], [plan.changed for plan in plans])
-    return Factors(functools.partial(radial.moved, sphere=sphere), rows, report)
+    return functools.partial(radial.moved, sphere=sphere), rows, report

@@ -28,37 +28,9 @@ __all__ = ["Constraint", "initial"]
 STATIC = " If this came from optax.inject_hyperparams, pass static_args=('constraint',)."
 
 
-class Factors(NamedTuple):
-    """What a norm set multiplies the leaves of a tree by.
-
-    Args:
-        apply: ``(leaf, moved, inward, first, second) -> leaf``, the projection of a leaf.
-        columns: for each leaf, as numbers that broadcast to it: is its scope rescaled at all? And made
-            shorter? Then two factors; the first is a power of two, 1 but at the ends of the range.
-        report: gives how far the tree moves, and which share of its entries.
-    """
-
-    apply: Callable[..., Array]
-    rows: Sequence[Sequence[Array]]
-    report: Callable[[], tuple[Array, Array]]
-
-    def of(self, xs: Sequence[Array]) -> list[Array]:
-        """The leaves, rescaled."""
-        return [self.apply(x, *own) for x, own in zip(xs, self.rows, strict=True)]
-
-
-class Mapped(NamedTuple):
-    """What a set leaves of a gradient.
-
-    Args:
-        grads: of each inexact leaf, in its own dtype.
-        memory: what the set keeps.
-        share: gives the share of entries that were changed.
-    """
-
-    grads: list[Array]
-    memory: Any
-    share: Callable[[], Array]
+# What a norm set does to each leaf, with which numbers, and how far that moves the tree and which share.
+Factors = tuple[Callable[..., Array], Sequence[Sequence[Array]], Callable[[], tuple[Array, Array]]]
+Mapped = tuple[list[Array], Any, Callable[[], Array]]  # gradients, memory, which share was changed
 
 
 class Constraint(NamedTuple):
@@ -82,13 +54,16 @@ class Constraint(NamedTuple):
             those of each float leaf, arrays that broadcast to it and numbers of its dtype. They may
             depend on the shapes of the weights. A complex leaf has bounds on its modulus, in the dtype
             of a part.
-        factors: ``(params, memory, beside, *updates) -> Factors`` for a set that rescales: by what the
-            weights are multiplied, or their sums with some updates, which then need not be written.
+        factors: ``(params, memory, beside, *updates) -> (apply, rows, report)`` for a set that rescales
+            what the updates lead to, or without updates the weights: ``apply(leaf, *row)`` is the
+            projection of a leaf, whose row holds numbers that broadcast to it; ``report()`` says how
+            far the tree moves, and which share of its entries.
         axis_name: mapped axes that the metrics are summed over, as in `global_norm`.
         scope: which entries the set couples; `gradient_mapping` looks ahead in each scope by a step of
             its own.
-        mapped: ``(params, grads, memory, beside, reach) -> Mapped``, the gradient mapping, for a set
-            that knows better than by the difference of two points.
+        mapped: ``(params, grads, memory, beside, reach) -> (grads, memory, share)``, the gradient
+            mapping, for a set that knows better than by the difference of two points: what is left of
+            each float gradient, in its dtype; ``share()`` is that of the entries that were changed.
 
     Examples:
         Weights on multiples of 1/8:

@@ -50,7 +50,7 @@ def by_difference(
     each = list(zip(rows, ahead, ends, strict=True))
     changed = [(end != v) & broadcast_like(step.taken, v) for (*_, step), v, end in each]
     new = _xla.select(gs, changed, [step.back(w - end) for (w, _, step), _, end in each])
-    return Mapped(new, kept, functools.partial(fraction, changed, constraint.axis_name))
+    return new, kept, functools.partial(fraction, changed, constraint.axis_name)
 
 
 class _Step(NamedTuple):
@@ -103,7 +103,7 @@ def by_entry(
     pairs = [_clipped(w, g, low, high, reach) for w, g, (low, high) in rows]
     left, changed = map(list, zip(*pairs, strict=True)) if pairs else ([], [])
     new = _xla.select(gs, changed, left)
-    return Mapped(new, memory, functools.partial(fraction, changed, constraint.axis_name))
+    return new, memory, functools.partial(fraction, changed, constraint.axis_name)
 
 
 def _clipped(w: Array, g: Array, low: Array, high: Array, reach: Array) -> tuple[Array, Array]:
@@ -140,7 +140,7 @@ def by_norms(
         left.append(scale(widen(g, dtype), factors[0]) + scale(widen(w, dtype), *factors[1:]))
     new = _xla.select(gs, flags, left)
     moved = [plan.changed for plan in plans]
-    return Mapped(new, memory, lambda: entries_moved(scopes, moved))
+    return new, memory, lambda: entries_moved(scopes, moved)
 
 
 class _Plan(NamedTuple):
