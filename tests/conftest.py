@@ -16,7 +16,7 @@ import hypothesis
 import jax
 import pytest
 
-from full import is_full
+import full
 from optax_clip import _xla
 from registry import ROWS
 
@@ -59,12 +59,13 @@ def pytest_ignore_collect(collection_path, config):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """With ``--dist loadgroup``: what compiles the same programs runs in one process."""
+    left = full.spread(items)
     for item in items:
         args = item.callspec.params if hasattr(item, "callspec") else {}
         group = args["row"].id if "row" in args else f"{item.module.__name__} {args.get('chip', '')}"
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(group))
-        if is_full(item):
+        if item in left or full.is_full(item):
             item.add_marker(pytest.mark.full)
 
 

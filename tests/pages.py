@@ -37,7 +37,7 @@ def sections(text: str) -> dict[str, str]:
 
 SOURCES = {
     f"{page.stem}: {heading}": (code, page)
-    for page in [README, *sorted(ROOT.glob("docs/*.md"))]
+    for page in [README, ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
     for heading, code in sections(page.read_text("utf-8")).items()
 }
 CODE = {place: compile(code, str(page), "exec") for place, (code, page) in SOURCES.items()}
