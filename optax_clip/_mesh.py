@@ -147,7 +147,7 @@ def _together(x: Array, y: Array) -> tuple[Array, Array]:
 
 
 def place_like(state: T, params: Any) -> T:
-    """``state`` replicated beside ``params``, where it is after a step, so that nothing recompiles."""
+    """Replicate ``state`` over the mesh of ``params``, where `update` returns it: else it recompiles."""
     if any(is_traced(leaf) for leaf in jax.tree.leaves((state, params))):
         return state
     for leaf in jax.tree.leaves(params):

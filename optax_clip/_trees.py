@@ -23,7 +23,7 @@ from optax_clip._mesh import (
 from optax_clip._validate import AxisName, Groups, Scope
 
 _ROW = 128  # entries of a row that is summed on its own
-_SMALL = 2**16  # entries of a leaf that a compiler takes longer to sum than the device
+_SMALL = 2**16  # entries of a leaf that XLA takes longer to compile a sum of than the device to sum
 
 # Where the norm of a leaf stands: in which cell, and there as a whole (None), as one entry, or as a
 # piece (start, stop, shape).
@@ -121,8 +121,15 @@ def reduced_axes(scope: Scope, path: str, leaf: Any) -> tuple[int, ...]:
 class Scopes(NamedTuple):
     """How a tree is cut into scopes. Static; the inexact leaves travel beside it, as a list.
 
-    The norms of the scopes are kept in cells: one scalar for the whole tree, one vector for leaves or
-    groups, and for units and axes one vector too on a single device, else one array a leaf.
+    The norms of the scopes are kept in cells, which are arrays:
+
+    ============  ================  ======================================
+    scope         one device        several, where joining would move them
+    ============  ================  ======================================
+    global        one scalar        one scalar
+    leaf, groups  one vector        one vector
+    unit, axes    one vector        one array a leaf
+    ============  ================  ======================================
 
     Args:
         treedef: the structure, with a place for each None.
@@ -271,8 +278,8 @@ class Scopes(NamedTuple):
     def sums(self, ways: Sequence[Sequence[Array]]) -> list[Cells]:
         """Several sums over each scope in one read of the leaves.
 
-        On one device the rows of large leaves are summed first: what is left of all ways then takes one
-        kernel a leaf, not one each.
+        On one device rows are summed first; the partial sums of all ways are then stacked and reduced
+        in one kernel a leaf.
         """
         if self.spread:
             return [self.sum(terms) for terms in ways]

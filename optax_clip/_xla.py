@@ -1,4 +1,4 @@
-"""The only room that speaks of XLA: one seam for platforms, and what their compilers have to be told."""
+"""The only room that speaks of XLA: one seam for platforms, and what XLA has to be told."""
 
 import functools
 import operator

@@ -53,7 +53,7 @@ class Norm(NamedTuple):
 
     @classmethod
     def of(cls, value: Array, scale: Any = 1) -> "Norm":
-        """Bring the root into [1, 2), but for 0 and for what was shrunk, whose scale is small enough."""
+        """Normalise to 1 <= root < 2; a norm of 0, and one measured with scale < 1, stay as they are."""
         scale = jnp.asarray(scale, value.dtype)
         inverse = jnp.where((value == 0) | (scale < 1), 1, reciprocal(power_of_two(value)))
         return cls(value * inverse, scale * inverse)
@@ -369,7 +369,7 @@ def total(scopes: Scopes, values: Cells, ord: Ord) -> Array:
 def all_finite(norms: Sequence[Norm]) -> Array:
     """Is every entry finite? A finite norm beyond the dtype still has a finite root.
 
-    By a maximum, which travels between devices with those of other metrics.
+    A maximum, not `all`: XLA joins it with the other maxima into one all-reduce.
     """
     finite = [
         jnp.max((~jnp.isfinite(norm.root)).astype(norm.root.dtype), initial=0) == 0 for norm in norms

@@ -97,8 +97,8 @@ def clip_by_norm(
             "global"``.
         ord: ``None`` or 2, 1, ``math.inf``, a float p >= 1, or ``"rms"``. Static.
         nonfinite: ``"propagate"``: an inf or NaN entry anywhere makes every inexact leaf NaN, so that
-            a loss check sees it, or `optax.apply_if_finite` around what comes after the clip (around
-            the clip it hides such a step from the metrics). ``"zero"``: it makes every inexact leaf 0.
+            a loss check sees it. Put `optax.apply_if_finite` around what follows the clip; around the
+            clip it discards the metrics of that step. ``"zero"``: it makes every inexact leaf 0.
             ``"local"``: it makes its own scope NaN, and the others are clipped as usual. A number, a
             schedule or `relative_to_params` then scales a leaf as soon as it is measured, so that the
             gradients of a large model need not all be kept until the last is there. The step counts as

@@ -201,7 +201,7 @@ def _pooled(norms: list[Array]) -> Array:
 
 
 def _alone(lower: Any, high: Any) -> list[tuple[Any, Any]]:
-    """The bounds where there is no leaf to tell more: of a tree none."""
+    """The limits to report for a tree without leaves; none if they were given as a tree."""
     given = [x for x in (lower, high) if x is not None]
     if any(not isinstance(x, _settings.NUMBERS) or jnp.ndim(x) for x in given):
         return []

@@ -217,7 +217,7 @@ def _measured_twice(scopes: Scopes, ws: list[Array], gs: list[Array]) -> Measure
 def _measured_once(scopes: Scopes, ws: list[Array], gs: list[Array]) -> Measured:
     """All sums in one read of both trees: squares as they are, shrunk and grown, products in two ways.
 
-    A ninth sum would be one too many for a GPU's compiler, and read by itself.
+    XLA gives a ninth sum a kernel, and so a read, of its own on a GPU.
     """
     powers = Powers(scopes, 2.0, accumulator([*ws, *gs]), lambda x: x)
     most = int(jnp.finfo(powers.dtype).maxexp)

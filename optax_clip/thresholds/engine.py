@@ -281,7 +281,7 @@ def _in_dtypes_of(old: Any, new: Any) -> Any:
 def lowest(limits: Cells) -> Array:
     """The smallest limit in force on any device, inf if there is no scope.
 
-    By a maximum, which travels with those of other metrics if it is not in a kernel with their sums.
+    A maximum, which XLA joins with the others into one all-reduce if no kernel has it with their sums.
     """
     each = [jnp.max(-x, initial=-jnp.inf) for x in _xla.each_once(limits)]
     each = all_reduce(each, [varying_axes(x) for x in each], lax.pmax)
