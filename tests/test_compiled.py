@@ -94,13 +94,13 @@ LIMITS = {
     "simplex, leaf": ON_SIMPLEX,
 }
 
-# What is not met, and why: the update of `scale_by_adam` is written for a norm, the sum that lands on a
-# ball for its norm, and what a mapping records of a box beside its gradients.
+# What is not met, and why: the update of `scale_by_adam` is written for a norm, what a ball of order 1
+# searches through is written on a TPU, and what a mapping records of a box beside its gradients.
 H100, TPU = compiled.CHIPS
 MISSED = {
     (H100, "clip_by_update_rms, after scale_by_adam"): dict.fromkeys(DTYPES, Limits(12.05, 1.05)),
-    (TPU, "clip_by_update_rms, after scale_by_adam"): dict.fromkeys(DTYPES, Limits(9.05, 1.05)),
-    (TPU, "constrained, norm_ball"): {"float32": Limits(16.05, 2.05)},
+    (TPU, "clip_by_update_rms, after scale_by_adam"): dict.fromkeys(DTYPES, Limits(10.05, 1.05)),
+    (TPU, "norm_ball, leaf, ord=1"): {"float32": Limits(17.05, 3.05)},
     (H100, "constrained, box"): {"float32": Limits(9.05, 0.55), "bfloat16": Limits(10.05, 0.55)},
 }
 

@@ -86,4 +86,4 @@ def test_the_reader_sees_every_form(source, rooms):
 def test_the_sides_are_apart():
     assert not BELOW["projection"] & {"thresholds", "clipping", "adaptive"}
     assert not BELOW["adaptive"] & {"sets", "projection", "recording"}
-    assert BELOW["norms"] == {*SHARED} - {"norms"}
+    assert BELOW["_geometry"] == {*SHARED} - {"_geometry"}
