@@ -20,7 +20,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("optax_clip", "tests", "benchmarks", "docs", "README.md", "pyproject.toml", "CHANGELOG.md")
+COPIED = (
+    "optax_clip", "tests", "benchmarks", "docs",
+    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "pyproject.toml",
+)  # fmt: skip
 
 
 class Mutant(NamedTuple):
@@ -382,7 +385,7 @@ def _first_to_fall(tests: list[str], folder: Path, *, full: bool) -> str | None:
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     if done.returncode == -signal.SIGABRT:  # XLA's, of devices that wait for each other
         return f"{shlex.join(tests)}, which is aborted"
-    if done.returncode not in (0, 1, 2):  # no such tests, pytest itself breaks, or somebody ended it
+    if done.returncode not in (0, 1, 2, 5):  # pytest itself breaks, or somebody ended it; 5: no such tests
         raise SystemExit(f"{shlex.join(command)}: {done.returncode}\n{done.stdout}{done.stderr}")
     found = re.search(r"^(?:FAILED|ERROR) (\S.*?)(?: - |$)", done.stdout, re.MULTILINE)
     return found and found[1]
