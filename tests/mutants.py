@@ -385,7 +385,7 @@ def _first_to_fall(tests: list[str], folder: Path, *, full: bool) -> str | None:
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     if done.returncode == -signal.SIGABRT:  # XLA's, of devices that wait for each other
         return f"{shlex.join(tests)}, which is aborted"
-    if done.returncode not in (0, 1, 2, 5):  # pytest itself breaks, or somebody ended it; 5: no such tests
+    if done.returncode not in (0, 1, 2, 5):  # pytest breaks, or somebody ended it; 5: no such tests
         raise SystemExit(f"{shlex.join(command)}: {done.returncode}\n{done.stdout}{done.stderr}")
     found = re.search(r"^(?:FAILED|ERROR) (\S.*?)(?: - |$)", done.stdout, re.MULTILINE)
     return found and found[1]
