@@ -176,9 +176,9 @@ SETS = {bound.label for bound in training_step.sets()}
 GLOBAL, BALL = (TRAINING[name].peer for name in ("clip_by_global_norm", "norm_ball, leaf"))
 
 
-# What is not met, in units above the limit: where a TPU takes leaf after leaf, it fetches less of what comes
-# next ahead of time; a ball on it reads the update once more; and what one norm of all weights waits for is
-# written on an H100, where Optax's projection computes it twice.
+# What is not met, in units above the limit: where a TPU takes leaf after leaf, it fetches less of what
+# comes next ahead of time; a ball on it reads the update once more; what the norm of all weights waits
+# for is written on an H100, where Optax's projection computes it twice.
 DEARER_IN_TRAINING = {
     (TPU, "adaptive_grad_clip, local"): 0.5,
     (TPU, "clip_by_norm, leaf, local"): 0.25,
