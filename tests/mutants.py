@@ -22,7 +22,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 COPIED = (
     "optax_clip", "tests", "benchmarks", "docs",
-    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "pyproject.toml",
+    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "pyproject.toml",
 )  # fmt: skip
 
 
@@ -186,7 +186,7 @@ MUTANTS = (
     Mutant("clipping/measuring.py", "test_recording.py test_contract.py test_public.py",
            "jnp.where(w > 0, u / jnp.where(w > 0, w, 1), 0)",
            "jnp.where(w > 0, w / jnp.where(u > 0, u, 1), 0)"),
-    Mutant("clipping/_reports.py", "test_clipping.py -k counters",
+    Mutant("clipping/_reports.py", "test_local.py -k broken_scope",
            "finite & (share > 0), ~finite)",
            "share > 0, ~finite)"),
     Mutant("adaptive.py", "test_adaptive.py -k rms",
