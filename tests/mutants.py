@@ -202,7 +202,7 @@ MUTANTS = (
     Mutant("_records.py", "test_contract.py -k 'looks_the_same and clip_by_value'",
            "more: Array = happened & (count < 2**31 - 1)",
            "more: Array = happened & (count < 0)"),
-    Mutant("_records.py", "test_recording.py -k duplicates",
+    Mutant("_records.py", "test_recording.py test_frozen.py test_contract.py",
            "return {key: _updated(value, new[key]) if key in new else value",
            "return {key: value"),
     Mutant("_records.py", "test_names.py",
