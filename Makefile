@@ -30,21 +30,23 @@ sweep: $(VENV)/.demo  ## train three small models under many thresholds and rule
 	$(BIN)/python -m benchmarks.sweep
 
 check: $(VENV)/.test  ## see that it works: the README's examples and the quick tests
-	$(QUICKLY) $(BIN)/python -m pytest -n 2 -q -m 'not full' $(CHECKED) -k 'README: or not test_code_runs'
+	$(QUICKLY) $(BIN)/python -m pytest -n 2 -q -m 'not full and not more' $(CHECKED) -k 'README: or not test_code_runs'
 
 test: $(VENV)/.test  ## run the tests of what everything means, in minutes
-	$(QUICKLY) $(BIN)/python -m pytest $(PYTEST_ARGS) -m 'not full' tests/mesh
-	$(QUICKLY) $(BIN)/python -m pytest $(PYTEST_ARGS) -m 'not full'
+	$(QUICKLY) $(BIN)/python -m pytest $(PYTEST_ARGS) -m 'not full and not more' tests/mesh
+	$(QUICKLY) $(BIN)/python -m pytest $(PYTEST_ARGS) -m 'not full and not more'
 
 # Meshes, platforms, dtypes and trees: where one version of JAX has differed from another.
 OF_JAX = $(addprefix tests/test_, $(addsuffix .py, platforms merged capped_simplex weak_types layout states norms \
     settings names frozen no_entries no_backend local landing owners counts metrics))
 
 test-oldest: $(VENV)/.test  ## run the tests of what a version of JAX decides
-	$(QUICKLY) $(BIN)/python -m pytest $(PYTEST_ARGS) -m 'not full' tests/mesh
-	$(QUICKLY) $(BIN)/python -m pytest $(PYTEST_ARGS) -m 'not full' $(OF_JAX)
+	$(QUICKLY) $(BIN)/python -m pytest $(PYTEST_ARGS) -m 'not full and not more' tests/mesh
+	$(QUICKLY) $(BIN)/python -m pytest $(PYTEST_ARGS) -m 'not full and not more' $(OF_JAX)
 
-test-full: $(VENV)/.test  ## run the rest: what XLA makes of every transform, millions of entries, both meshes
+test-full: $(VENV)/.test  ## run the rest: more cases of each test, and what XLA makes of every transform
+	$(QUICKLY) $(BIN)/python -m pytest $(PYTEST_ARGS) -m more tests/mesh
+	$(QUICKLY) $(BIN)/python -m pytest $(PYTEST_ARGS) -m more
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m full tests/mesh
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m full
 

@@ -65,8 +65,8 @@ def pytest_collection_modifyitems(items):
         group = args["row"].id if "row" in args else f"{item.module.__name__} {args.get('chip', '')}"
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(group))
-        if item in left or full.is_full(item):
-            item.add_marker(pytest.mark.full)
+        if mark := "more" if item in left else full.mark_of(item):
+            item.add_marker(mark)
 
 
 @pytest.fixture(autouse=True)

@@ -111,7 +111,8 @@ def spread(items: Sequence[Any]) -> set[Any]:
     """Which of the tests that pytest has collected are one case too many."""
     alike: dict[Any, list[Any]] = {}
     for item in items:
-        if hasattr(item, "callspec") and not is_full(item):
+        full = item.get_closest_marker("full") or mark_of(item)
+        if hasattr(item, "callspec") and not full:
             alike.setdefault((item.module.__name__, item.originalname), []).append(item)
     left = set()
     for (module, test), some in alike.items():
@@ -216,8 +217,10 @@ FULL: dict[str, dict[str, Callable[..., bool]]] = {
 }
 
 
-def is_full(item: Any) -> bool:
-    """Does a test that pytest has collected stand above?"""
+def mark_of(item: Any) -> str | None:
+    """Does a test that pytest has collected stand above: as one of optimised programs, or as one more?"""
     rule = FULL.get(item.module.__name__, {}).get(getattr(item, "originalname", item.name))
     args = item.callspec.params if hasattr(item, "callspec") else {}
-    return rule is not None and rule(**args)
+    if rule is None or not rule(**args):
+        return None
+    return "full" if rule in (always, other_pairs) else "more"

@@ -381,7 +381,7 @@ def _first_to_fall(tests: list[str], folder: Path, *, full: bool) -> str | None:
     env = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"), **os.environ}
     env |= {"XLA_FLAGS": flags + quickly, "PYTHONDONTWRITEBYTECODE": "1"}
     pytest = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider"]
-    command = [*pytest, "-m", "full" if full else "not full", *tests]
+    command = [*pytest, "-m", "full or more" if full else "not full and not more", *tests]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     if done.returncode == -signal.SIGABRT:  # XLA's, of devices that wait for each other
         return f"{shlex.join(tests)}, which is aborted"

@@ -325,7 +325,7 @@ ROWS = (
         only_outside=False,
     ),
     mapping("gradient_mapping, simplex", oc.simplex, at=1.0, only_outside=False, constant_limit=False),
-    weights("simplex, upper", lambda r: oc.simplex(r, upper=1.0), at=1.0, only_outside=False),
+    weights("simplex, upper", lambda r: oc.simplex(r, upper=2.0), at=1.0, only_outside=False),
     mapping("gradient_mapping, init_box", oc.init_box, at=2.0, elementwise=True, abstract=False),
     Row(
         "constrained",

@@ -80,3 +80,12 @@ def test_derivative():
     wanted = np.zeros((4, 4))
     wanted[1:3, 1:3] = [[0.5, -0.5], [-0.5, 0.5]]
     np.testing.assert_allclose(jacobian, wanted, atol=1e-6)
+
+
+def test_where_the_caps_alone_fill_the_total_nothing_moves():
+    """At a vertex each entry is at 0 or at its cap, so all derivatives are 0."""
+    x = jnp.array([0.8, -0.7])
+    for jit in (jax.jit, lambda f: f):
+        point = jit(lambda x: project(x, simplex(1.0, upper=1.0)))
+        np.testing.assert_array_equal(point(x), [1, 0])
+        np.testing.assert_array_equal(jax.jacobian(point)(x), np.zeros((2, 2)))

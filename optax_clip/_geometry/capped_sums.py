@@ -29,7 +29,12 @@ def capped_threshold(cut: Entries, xs: list[Array], caps: list[Array], totals: C
     for goal in (goals, totals):
         thetas = _step(cut, xs, caps, origins, goal, lax.stop_gradient(thetas)).thetas
     depths = cut.depths(xs, [*origins, thetas])
-    return [jnp.minimum(jnp.maximum(d, 0), cap) for d, cap in zip(depths, caps, strict=True)]
+    return [_cut(d, cap) for d, cap in zip(depths, caps, strict=True)]
+
+
+def _cut(depth: Array, cap: Array) -> Array:
+    """Between 0 and a cap; at either one constant to derivatives, as they are not counted as free."""
+    return jnp.where(depth >= cap, cap, jnp.where(depth <= 0, 0, depth))
 
 
 class _Point(NamedTuple):
@@ -47,7 +52,7 @@ def _step(
     """Newton's step towards the root; none where no entry moves."""
     depths = cut.depths(xs, [*origins, thetas])
     pairs = list(zip(depths, caps, strict=True))
-    sums = cut.scopes.sum([jnp.minimum(jnp.maximum(d, 0), cap) for d, cap in pairs])
+    sums = cut.scopes.sum([_cut(d, cap) for d, cap in pairs])
     above = cut.scopes.sum([(d > 0).astype(d.dtype) for d in depths])
     full = cut.scopes.sum([((d > 0) & (d >= cap)).astype(d.dtype) for d, cap in pairs])
     rows = zip(thetas, sums, goals, above, full, strict=True)
