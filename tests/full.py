@@ -218,7 +218,7 @@ FULL: dict[str, dict[str, Callable[..., bool]]] = {
 
 
 def mark_of(item: Any) -> str | None:
-    """Does a test that pytest has collected stand above: as one of optimised programs, or as one more?"""
+    """Does a test that pytest has collected stand above: about optimised programs, or one more case?"""
     rule = FULL.get(item.module.__name__, {}).get(getattr(item, "originalname", item.name))
     args = item.callspec.params if hasattr(item, "callspec") else {}
     if rule is None or not rule(**args):
