@@ -360,3 +360,12 @@ def test_names_that_lead_to_the_same_key():
 def test_a_chain_that_names_a_part_recorded():
     tx = optax.named_chain(("recorded", clip_by_norm(1.0)))
     assert "clip/norm_before" in metrics(tx.init(jnp.zeros(2)))
+
+
+def test_the_ratio_is_that_of_the_update_to_the_weights():
+    tx = record_norms(of=("updates", "params"))
+    updates = {"w": jnp.array([3.0, 4.0]), "b": jnp.ones(1)}
+    params = {"w": jnp.array([6.0, 8.0]), "b": jnp.zeros(1)}
+    found = metrics(tx.update(updates, tx.init(params), params)[1])
+    assert found["norms/w/ratio"] == 0.5  # 5 beside 10; beside weights of 0 there is no ratio
+    assert (found["norms/b/ratio"], found["norms/b/updates"], found["norms/b/params"]) == (0, 1, 0)

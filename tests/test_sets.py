@@ -634,3 +634,9 @@ def test_coming_from_the_signs_of_non_neg_and_the_box_of_elsayed():
     # 4, and kappa = 0.5: clamped to [-2, 2] from the first step on.
     landed = step(optax_clip.init_box(0.5), flipped, jnp.zeros((2, 3)))
     np.testing.assert_allclose(landed, [[-2.0, -0.6, -0.12], [-2.0, -0.8, -0.16]])
+
+
+def test_the_right_sum_alone_is_not_on_the_simplex():
+    project = functools.partial(optax_clip.project, constraint=optax_clip.simplex(1.0))
+    np.testing.assert_array_equal(project(jnp.array([1.5, -0.5])), [1, 0])
+    np.testing.assert_array_equal(project(jnp.array([0.75, 0.25])), [0.75, 0.25])
