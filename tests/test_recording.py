@@ -23,6 +23,7 @@ from optax_clip import (
     norm_ball,
     normalize_by_norm,
     project_weights,
+    record_norms,
     skip_spikes,
 )
 from registry import ROWS
