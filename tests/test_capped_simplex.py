@@ -89,3 +89,20 @@ def test_where_the_caps_alone_fill_the_total_nothing_moves():
         point = jit(lambda x: project(x, simplex(1.0, upper=1.0)))
         np.testing.assert_array_equal(point(x), [1, 0])
         np.testing.assert_array_equal(jax.jacobian(point)(x), np.zeros((2, 2)))
+
+
+def test_the_right_sum_above_a_cap_is_not_in_the_set():
+    constraint = simplex(1.0, upper=0.625)
+    np.testing.assert_array_equal(project(jnp.array([0.875, 0.125]), constraint), [0.625, 0.375])
+    np.testing.assert_array_equal(project(jnp.array([0.5, 0.5]), constraint), [0.5, 0.5])
+
+
+def test_no_entry_lands_above_its_cap():
+    """Of weights far above it the nearest update misses the cap by a rounding, on either side."""
+    random = np.random.default_rng(0)
+    params = jnp.asarray(random.normal(size=4096) * 3, jnp.float32)
+    tx = project_weights(simplex(8.0, upper=0.01))
+    updates, _ = tx.update(jnp.asarray(random.normal(size=4096), jnp.float32), tx.init(params), params)
+    landed = np.asarray(optax.apply_updates(params, updates))
+    assert np.sum(landed >= np.float32(0.01) * (1 - 1e-6)) > 400
+    assert landed.max() <= np.float32(0.01)
