@@ -288,3 +288,11 @@ def test_arguments_are_checked():
         oc.constrained(optax.sgd(0.1), 3)
     with pytest.raises(ValueError, match="every"):
         oc.constrained(optax.sgd(0.1), oc.norm_ball(1.0), every=0)
+
+
+def test_an_entry_near_its_bound_keeps_a_part():
+    tx = oc.gradient_mapping(oc.box(-1.0, 1.0))
+    weights, grads = jnp.array([0.995, 0.5]), jnp.array([-2.0, -2.0])
+    new, _ = tx.update(grads, tx.init(weights), weights)
+    # A step of 0.01 * 0.995 upwards; 0.005 of it are left of the way, and so of the gradient.
+    np.testing.assert_allclose(new, [-2 * 0.005 / 0.00995, -2], rtol=1e-4)
