@@ -255,6 +255,8 @@ def test_one_device_alone_needs_the_careful_sum(size):
     updates, _ = jax.jit(run)(tree, state)
     expected, _ = oc.clip_by_norm(0.5, scope="unit").update(tree, state)
     assert_close(updates, expected)
+    # Four equal entries: of a norm of 0.5 each is 0.25.
+    np.testing.assert_allclose(updates["kernel"][:, 3], min(size, 0.25), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
