@@ -146,7 +146,7 @@ MUTANTS = (
     Mutant("_mesh.py", "mesh/test_contract_on_meshes.py mesh/test_sharding.py",
            "sharding = NamedSharding(sharding.mesh, PartitionSpec())",
            "pass"),
-    Mutant("_mesh.py", "mesh/test_meshes.py -k 'gathered and unit and Auto'",
+    Mutant("_mesh.py", "mesh/test_layouts.py -k only_jit",
            "return jax.device_count() > 1",
            "return False"),
     Mutant("_mesh.py", "test_layout.py",

@@ -144,3 +144,14 @@ def test_the_landed_weights_are_those_of_one_device(mesh):
         p, u = jax.device_put(params, ours), jax.device_put(updates, theirs)
         new, _ = jax.jit(tx.update)(u, tx.init(p), p)
         np.testing.assert_allclose(optax.apply_updates(p, new), expected, rtol=2e-6)
+
+
+def test_what_only_jit_knows_to_be_split_is_not_joined():
+    """Types say nothing of it, and no mesh is in force: the number of devices decides."""
+    split = NamedSharding(jax.make_mesh((8,), ("x",)), P(None, "x"))
+    tx = oc.clip_by_norm(1.0, scope="unit", record=False)
+    clip = jax.jit(lambda grads: tx.update(grads, tx.init(grads))[0], in_shardings=split)
+    text = (
+        clip.lower(dict.fromkeys("ab", jax.ShapeDtypeStruct((16, 64), jnp.float32))).compile().as_text()
+    )
+    assert "all-gather" not in text and "collective-permute" not in text
