@@ -148,7 +148,7 @@ def test_the_landed_weights_are_those_of_one_device(mesh):
 
 def test_what_only_jit_knows_to_be_split_is_not_joined():
     """Types say nothing of it, and no mesh is in force: the number of devices decides."""
-    split = NamedSharding(jax.make_mesh((8,), ("x",)), P(None, "x"))
+    split = NamedSharding(jax.make_mesh((8,), ("x",)), PartitionSpec(None, "x"))
     tx = oc.clip_by_norm(1.0, scope="unit", record=False)
     clip = jax.jit(lambda grads: tx.update(grads, tx.init(grads))[0], in_shardings=split)
     text = (
