@@ -64,10 +64,15 @@ class Norm(NamedTuple):
 
     def factors(self, limit: Array) -> tuple[Array, Array]:
         """Two numbers whose product is limit / norm; the first is 1 but at the ends of the range."""
-        ratio = limit / jnp.where(self.root > 0, self.root, 1)
-        both, info = ratio * self.scale, jnp.finfo(ratio.dtype)
+        info = jnp.finfo(self.root.dtype)
+        # What was shrunk has a root above 2, beside which a small limit would underflow.
+        least = float(info.smallest_normal) / self.scale
+        unit = jnp.where(self.root > 2, jnp.maximum(reciprocal(power_of_two(self.root)), least), 1)
+        root, scale = self.root * unit, self.scale * unit
+        ratio = limit / jnp.where(root > 0, root, 1)
+        both = ratio * scale
         fits = (both >= info.smallest_normal) & (both <= info.max) | (ratio == 0)
-        return jnp.where(fits, 1, self.scale), jnp.where(fits, both, ratio)
+        return jnp.where(fits, 1, scale), jnp.where(fits, both, ratio)
 
 
 def global_norm(tree: Any, *, ord: Ord = None, axis_name: AxisName = None) -> Array:

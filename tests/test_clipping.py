@@ -783,3 +783,12 @@ def test_clip_by_value_invariants(tree, limit):
 def test_an_empty_tree_reports_the_limit(scope):
     tx = clip_by_norm(2.0, scope=scope)
     assert metrics(tx.update({}, tx.init({}))[1])["clip/threshold"] == 2
+
+
+@pytest.mark.parametrize("scope", ["global", "leaf", "unit"])
+def test_a_norm_and_a_limit_sixty_decades_apart(scope):
+    tree = {"w": jnp.array([0.0, 1.5e32], jnp.float32), "b": jnp.zeros(2)}
+    for limit in (1e-30, 1e-5, 1e30):
+        tx = clip_by_norm(limit, scope=scope)
+        clipped, _ = tx.update(tree, tx.init(tree))
+        np.testing.assert_allclose(clipped["w"], [0, limit], rtol=1e-5)
