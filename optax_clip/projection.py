@@ -220,8 +220,9 @@ class _Projection(NamedTuple):
 
     def init(self, params: optax.Params) -> Any:
         kept = _owners.Memory(self.wanted.init).init(params)
-        count = place_like(jnp.zeros((), jnp.int32), params)
-        return {"set": kept, "count": count} if self.counts else kept
+        if not self.counts:
+            return kept
+        return {"set": kept, "count": place_like(jnp.zeros((), jnp.int32), params)}
 
     def step(
         self, updates: optax.Updates, memory: Any, params: Any, **extra: Any
