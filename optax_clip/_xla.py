@@ -52,6 +52,8 @@ def pieces(ends: Ends, vector: Array) -> list[Array]:
     def plain(vector: Array) -> list[Array]:
         return [vector[start:stop] for start, stop in ends]
 
+    if ends == ((0, vector.size),):
+        return [vector]
     return by_platform(vector, cpu=functools.partial(_by_hidden_starts, ends), default=plain)
 
 

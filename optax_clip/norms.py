@@ -237,12 +237,11 @@ def measure(
     if p not in (1, 2):
         return _power_norms(scopes, [read(*x) for x in parts], p, mean=mean)
     powers = Powers(scopes, p, dtype, read)
-    sums, scales = _xla.by_platform(
-        parts,
-        cpu=functools.partial(_xla.sums_in_range, powers),
-        tpu=functools.partial(_sums_in_range, powers, plain=unwritten),
-        default=functools.partial(_sums_in_range, powers),
-    )
+    ways = {"cpu": functools.partial(_xla.sums_in_range, powers)}
+    if unwritten:
+        ways["tpu"] = functools.partial(_sums_in_range, powers, plain=True)
+    default = functools.partial(_sums_in_range, powers)
+    sums, scales = _xla.by_platform(parts, default=default, **ways)
     found = _averaged(scopes, sums) if mean else sums
     return [Norm.of(_root(s, p), k) for s, k in zip(found, scales, strict=True)]
 
