@@ -10,7 +10,7 @@ from jax import Array
 
 from optax_clip import _owners, _validate
 from optax_clip._mesh import inside_shard_map, place_like, reduction_axes, share
-from optax_clip._trees import flatten
+from optax_clip._trees import Scopes, flatten
 from optax_clip._validate import AxisName
 
 __all__ = ["RecordedState"]
@@ -80,7 +80,15 @@ class Report(NamedTuple):
 
     gauges: Mapping[str, Sequence[Any]]
     happened: Mapping[str, Sequence[Any]]
-    parts: Mapping[str, Mapping[str, Sequence[Any]]] = {}  # by path or label: field -> numbers
+    parts: Mapping[str, Sequence[Any]] = {}  # the numbers of each path or label
+
+
+def clip_report(
+    before: Array, after: Array, threshold: Array, share: Array, finite: Array, parts: Any = None
+) -> Report:
+    """What every clip has to say."""
+    counts = (True, finite & (share > 0), ~finite)
+    return Report({"norms": (before, after, threshold, share)}, {"counts": counts}, parts or {})
 
 
 def transform(
@@ -94,7 +102,7 @@ def transform(
     by_tree: bool = False,
     scope: Any = None,
     axis_name: AxisName = None,
-    parts: Callable[[Any], Mapping[str, str]] | None = None,
+    part: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """A transform from a step that reports.
 
@@ -108,13 +116,13 @@ def transform(
         remembers: whether there is a memory; without memory and record the state is
             `optax.EmptyState`, and any state is accepted.
         by_tree: whether the memory has a part under the name of its tree (`_owners.kept`).
-        scope: of which the labels, if there are any, belong to that name.
+        scope: of which the labels, if there are any, belong to that name, and which has parts.
         axis_name: of mapped axes over which leaves may be in parts, of other shapes than ``init`` saw.
-        parts: ``params -> {path or label: field}``, what is reported besides.
+        part: the entry of `FIELDS` that is reported besides of each leaf or label; None for nothing.
     """
     _validate.name(name=name)
     mapped = bool(_validate.axis_names(axis_name))
-    layout = _Layout(name, fields, record, by_tree, scope, mapped, parts if record else None)
+    layout = _Layout(name, fields, record, by_tree, scope, mapped, part if record else None)
     if not record and not remembers:
         return _bare(step)
 
@@ -154,13 +162,14 @@ class _Layout(NamedTuple):
     by_tree: bool
     scope: Any
     mapped: bool
-    parts: Callable[[Any], Mapping[str, str]] | None
+    part: str | None
 
     def zeros(self, params: optax.Params) -> dict[str, Any]:
         packed: dict[str, Any] = {field: _zeros(field) for field in self.fields}
-        if self.parts is not None:
-            named = {f"{part}/{field}": _zeros(field) for part, field in self.parts(params).items()}
-            packed[PARTS] = _owners.kept(_nested(named), params, self.scope)
+        if self.part:
+            names = part_names(Scopes.of(params, self.scope, axis_name=())[0], self.part)
+            parts = _nested({f"{name}/{self.part}": _zeros(self.part) for name in names})
+            packed[PARTS] = _owners.kept(parts, params, self.scope)
         return _nested({self.name: packed})
 
     def written(self, last: dict[str, Any], report: Report) -> dict[str, Any]:
@@ -168,14 +177,10 @@ class _Layout(NamedTuple):
         packed: dict[str, Any] = {field: _pack(values) for field, values in report.gauges.items()}
         for field, happened in report.happened.items():
             packed[field] = increment(before[field], jnp.stack([jnp.asarray(x) for x in happened]))
-        if self.parts is not None:
-            named = {
-                f"{part}/{field}": _pack(values)
-                for part, fields in report.parts.items()
-                for field, values in fields.items()
-            }
+        if self.part:
+            new = _nested({f"{name}/{self.part}": _pack(row) for name, row in report.parts.items()})
             old = _owners.opened(before[PARTS], dict)
-            packed[PARTS] = _owners.closed(before[PARTS], _updated(old, _nested(named)))
+            packed[PARTS] = _owners.closed(before[PARTS], _updated(old, new))
         return place_like(_nested({self.name: packed}), last)
 
     def _own(self, recorded: Any) -> dict[str, Any]:
@@ -192,7 +197,7 @@ class _Layout(NamedTuple):
                 f"Expected in update of {this} its own state, a RecordedState as init makes it, got "
                 f"{_kind(state)}. In a chain each transform has a state of its own, in their order."
             )
-        wanted = {*self.fields, *([] if self.parts is None else [PARTS])} if self.record else set()
+        wanted = {*self.fields, *([PARTS] if self.part else [])} if self.record else set()
         if not wanted <= set(self._own(state.recorded)):
             raise ValueError(
                 f"Expected in update of {this} its own state, which records {sorted(wanted)} under that "
@@ -237,6 +242,15 @@ def _nested(entries: Mapping[str, Any]) -> dict[str, Any]:
             inner = inner.setdefault(key, {})
         inner[last] = value
     return tree
+
+
+def part_names(scopes: Scopes, field: str) -> list[str]:
+    """The labels, or the paths of the leaves, as names of parts that record some field."""
+    if scopes.labels is not None:
+        return distinct(scopes.labels, field)
+    # Numbered among all leaves, since some may have no update now.
+    names = distinct([path or "leaf" for path in scopes.paths], field)
+    return [names[i] for i in scopes.places]
 
 
 def distinct(names: Sequence[str], field: str) -> list[str]:

@@ -242,12 +242,12 @@ class Scopes(NamedTuple):
             found[i] = piece.reshape(shape)
         return found
 
-    def cells(self, parts: Sequence[Array], combine: Callable[[Any, Any], Any] = operator.add) -> Cells:
+    def cells(self, parts: Sequence[Any], combine: Callable[[Any, Any], Any] = operator.add) -> Cells:
         """One value a leaf as cells; those that share a norm combined."""
-        merged: dict[Home, Array] = {}
+        merged: dict[Home, Any] = {}
         for home, part in zip(self.homes, parts, strict=True):
             merged[home] = combine(merged[home], part) if home in merged else part
-        table: dict[int, dict[Any, Array]] = {}
+        table: dict[int, dict[Any, Any]] = {}
         for (cell, where), part in merged.items():
             table.setdefault(cell, {})[where] = part
         return [self._cell(pieces) for pieces in table.values()] or [jnp.zeros(self._empty, jnp.float32)]
@@ -261,14 +261,15 @@ class Scopes(NamedTuple):
     def _empty(self) -> tuple[int, ...]:
         return () if self.is_global else (self._length,)
 
-    def _cell(self, pieces: dict[Any, Array]) -> Array:
+    def _cell(self, pieces: dict[Any, Any]) -> Any:
         ((where, first), *_) = pieces.items()
+        xp = jnp if isinstance(first, Array) else np
         if where is None:
             return first
         if isinstance(where, tuple):
-            return jnp.concatenate([part.ravel() for part in pieces.values()])
+            return xp.concatenate([part.ravel() for part in pieces.values()])
         rows = range(self._length)  # in the order of their numbers, 0 where no leaf has one
-        return jnp.stack([pieces.get(row, jnp.zeros_like(first)) for row in rows])
+        return xp.stack([pieces.get(row, xp.zeros_like(first)) for row in rows])
 
     def sum(self, terms: Sequence[Array]) -> Cells:
         """Sum one term an entry over each scope."""
@@ -315,14 +316,9 @@ class Scopes(NamedTuple):
     @property
     def counts(self) -> list[Any]:
         """How many entries share each norm: beside each cell, as NumPy numbers."""
-        by_home: dict[Home, int] = {}
-        for home, n in zip(self.homes, self.sizes, strict=True):
-            by_home[home] = by_home.get(home, 0) + n
-        table: dict[int, list[Any]] = {}
-        for (cell, where), n in by_home.items():
-            length = 1 if not isinstance(where, tuple) else where[1] - where[0]
-            table.setdefault(cell, []).extend([(where, n)] * length)
-        return [_count(pairs, self._length) for pairs in table.values()] or [np.zeros(self._empty)]
+        lengths = [where[1] - where[0] if isinstance(where, tuple) else () for _, where in self.homes]
+        numbers = [np.full(length, n) for length, n in zip(lengths, self.sizes, strict=True)]
+        return self.cells(numbers) if numbers else [np.zeros(self._empty)]
 
     def join(self, cells: Cells) -> Array:
         """All norms as one vector, 0 where nothing is measured; for one norm a scalar."""
@@ -425,18 +421,6 @@ def _mapped(path: str, x: Any, axes: tuple[int, ...], axis_name: AxisName) -> tu
             "axis_name=() if each device holds whole units. Got axis_name=None."
         )
     return reduction_axes(axis_name)
-
-
-def _count(pairs: list[tuple[Any, int]], length: int) -> Any:
-    """The entries of each scope in a cell, from those of its homes."""
-    if pairs and pairs[0][0] is None:
-        return np.asarray(pairs[0][1])
-    if not pairs or isinstance(pairs[0][0], tuple):
-        return np.asarray([n for _, n in pairs])
-    counts = np.zeros(length, int)
-    for row, n in pairs:
-        counts[row] = n
-    return counts
 
 
 def _beside(piece: Array, x: Array) -> Array:

@@ -1,7 +1,6 @@
 """The only room that speaks of XLA: one seam for platforms, and what XLA has to be told."""
 
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -9,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from optax_clip._mesh import all_devices_agree
-from optax_clip._numerics import accumulator, broadcast_like, scale, straight_through, widen
+from optax_clip._numerics import accumulator, broadcast_like, straight_through, widen
 
 T = TypeVar("T")
 _THREADS = 2**17  # so many keep a GPU's memory busy
@@ -108,38 +106,6 @@ def of_all(combine: Callable[[Array, Array], Array], parts: Sequence[Array]) -> 
     if len(parts) == 1:
         return parts[0]
     return once(functools.reduce(combine, once(list(parts))))
-
-
-def sums_in_range(powers: Any, parts: list[tuple[Array, ...]]) -> tuple[list[Array], list[Array]]:
-    """A fast sum, and where it is not to be trusted a second one with each scope brought into range.
-
-    The extra sums of the formula would each cost a read.
-    """
-
-    def read(*part: Array) -> Array:
-        x = powers.read(*part)
-        # XLA's fast sum takes in no rounding, such as that of a sum of bfloat16.
-        made = len(part) > 1 and x.dtype == jnp.bfloat16
-        return widen(once(x) if made else x, powers.dtype)
-
-    plain = powers.sum([read(*separate_reads(*part)) for part in parts])
-    ones = [jnp.ones_like(s) for s in plain]
-    if powers.never_out_of_range(parts):
-        return plain, ones
-    bad = powers.out_of_range(plain)
-    trusted = [~jnp.any(high | low) for high, low in bad]
-
-    def again() -> tuple[list[Array], list[Array]]:
-        small, large = powers.small, powers.large
-        scales = [
-            jnp.where(high, small, jnp.where(low, large, 1)).astype(powers.dtype) for high, low in bad
-        ]
-        pairs = zip(parts, powers.scopes.per_leaf(scales), strict=True)
-        separate = [separate_reads(*part, k) for part, k in pairs]
-        return powers.sum([scale(read(*part), k) for *part, k in separate]), scales
-
-    everywhere = all_devices_agree(of_all(operator.and_, trusted or [jnp.array(True)]))
-    return cond(for_all(lax.stop_gradient(everywhere)), lambda: (plain, ones), again)
 
 
 def one_more(found: list[Array], steps: list[Array]) -> list[Array]:

@@ -237,11 +237,10 @@ def measure(
     if p not in (1, 2):
         return _power_norms(scopes, [read(*x) for x in parts], p, mean=mean)
     powers = Powers(scopes, p, dtype, read)
-    ways = {"cpu": functools.partial(_xla.sums_in_range, powers)}
+    ways = {"cpu": functools.partial(_sum_and_again, powers)}
     if unwritten:
-        ways["tpu"] = functools.partial(_sums_in_range, powers, plain=True)
-    default = functools.partial(_sums_in_range, powers)
-    sums, scales = _xla.by_platform(parts, default=default, **ways)
+        ways["tpu"] = functools.partial(_three_sums, powers, plain=True)
+    sums, scales = _xla.by_platform(parts, default=functools.partial(_three_sums, powers), **ways)
     found = _averaged(scopes, sums) if mean else sums
     return [Norm.of(_root(s, p), k) for s, k in zip(found, scales, strict=True)]
 
@@ -251,7 +250,7 @@ def _averaged(scopes: Scopes, sums: Cells) -> Cells:
 
 
 class Powers(NamedTuple):
-    """Sums of ``|x|^p`` for p = 1 or 2, as they are and with the entries brought into range.
+    """Sums of ``|x|^p`` for p = 1 or 2, of entries as they are, shrunk and grown.
 
     Squares of float32 are in range times 2^-80 or 2^80, and those of float16 as they are.
     """
@@ -262,56 +261,86 @@ class Powers(NamedTuple):
     read: Callable[..., Array]
 
     @property
-    def small(self) -> float:
-        return float(2.0 ** (-5 * jnp.finfo(self.dtype).maxexp // 8))
-
-    @property
-    def large(self) -> float:
-        return float(2.0 ** (5 * jnp.finfo(self.dtype).maxexp // 8))
-
-    def never_out_of_range(self, parts: Sequence[tuple[Array, ...]]) -> bool:
-        return all(jnp.finfo(x.dtype).maxexp <= 16 for x, *_ in parts)
-
-    def wide(self, *part: Array) -> Array:
-        return widen(self.read(*part), self.dtype)
+    def ends(self) -> tuple[float, float]:
+        """What large entries are shrunk by, and small ones grown."""
+        exponent = 5 * int(jnp.finfo(self.dtype).maxexp) // 8
+        return 2.0**-exponent, 2.0**exponent
 
     def sum(self, xs: Sequence[Array]) -> Cells:
         return self.scopes.sum([_power(x, self.p) for x in xs])
 
-    def out_of_range(self, sums: Cells) -> list[tuple[Array, Array]]:
-        """Which sums are too high, and too low to be trusted: underflow may have taken 2^-17 of them."""
-        info = jnp.finfo(self.dtype)
+    def scales(self, sums: Cells) -> Cells:
+        """What brings the entries of a scope into range: 1 where their sum is to be trusted.
+
+        One that is too high is not, and one so low that underflow may have taken 2^-17 of it.
+        """
+        info, (small, large) = jnp.finfo(self.dtype), self.ends
         floor = 0.0 if self.p == 1 else float(info.smallest_normal) / (64 * float(info.eps))
-        pairs = zip(sums, self.scopes.counts, strict=True)
-        return [(~(s <= info.max), s < _like(n, s) * floor) for s, n in pairs]
+        scales = []
+        for s, n in zip(sums, self.scopes.counts, strict=True):
+            grown = jnp.where(s < _like(n, s) * floor, large, 1)
+            scales.append(jnp.where(~(s <= info.max), small, grown).astype(self.dtype))
+        return scales
 
     def ways(self, xs: Sequence[Array]) -> list[list[Array]]:
         """What is summed over: the powers of the entries as they are, shrunk and grown."""
-        small, large = (jnp.asarray(k, self.dtype) for k in (self.small, self.large))
+        small, large = (jnp.asarray(k, self.dtype) for k in self.ends)
         forms = [xs, [_shrunk(x, small) for x in xs], [_grown(x, large) for x in xs]]
         return [[_power(x, self.p) for x in form] for form in forms]
 
     def chosen(self, plain: Cells, shrunk: Cells, grown: Cells) -> tuple[Cells, Cells]:
         """Of the three sums of each scope the one in range, and how its entries were scaled."""
-        sums, scales = [], []
-        rows = zip(plain, shrunk, grown, self.out_of_range(plain), strict=True)
-        for middle, less, more, (high, low) in rows:
-            sums.append(jnp.where(high, less, jnp.where(low, more, middle)))
-            scales.append(jnp.where(high, self.small, jnp.where(low, self.large, 1)).astype(self.dtype))
-        return sums, scales
+        scales = self.scales(plain)
+        rows = zip(scales, plain, shrunk, grown, strict=True)
+        return [
+            jnp.where(k < 1, less, jnp.where(k > 1, more, middle)) for k, middle, less, more in rows
+        ], scales
 
 
-def _sums_in_range(
-    powers: Powers, parts: list[tuple[Array, ...]], *, plain: bool = False
-) -> tuple[Cells, Cells]:
+Parts = list[tuple[Array, ...]]  # of each leaf, with what is read beside it
+
+
+def _always_in_range(parts: Parts) -> bool:
+    return all(jnp.finfo(x.dtype).maxexp <= 16 for x, *_ in parts)
+
+
+def _three_sums(powers: Powers, parts: Parts, *, plain: bool = False) -> tuple[Cells, Cells]:
     """The sums of one read: as they are, shrunk, grown; one of the three is in range."""
-    wide = [powers.wide(*part) for part in parts]
-    if powers.never_out_of_range(parts):
+    wide = [widen(powers.read(*part), powers.dtype) for part in parts]
+    if _always_in_range(parts):
         sums = powers.sum(wide)
         return sums, [jnp.ones_like(s) for s in sums]
     terms = powers.ways(wide)
-    found = list(map(powers.scopes.sum, terms)) if plain else powers.scopes.sums(terms)
-    return powers.chosen(*found)
+    return powers.chosen(*(map(powers.scopes.sum, terms) if plain else powers.scopes.sums(terms)))
+
+
+def _sum_and_again(powers: Powers, parts: Parts) -> tuple[Cells, Cells]:
+    """A CPU's fast sum, and where it is not to be trusted a second one with each scope in range.
+
+    There the other two of three sums would each cost a read.
+    """
+
+    def read(*part: Array) -> Array:
+        x = powers.read(*part)
+        # XLA's fast sum takes in no rounding, such as that of a sum of bfloat16.
+        made = len(part) > 1 and x.dtype == jnp.bfloat16
+        return widen(_xla.once(x) if made else x, powers.dtype)
+
+    plain = powers.sum([read(*_xla.separate_reads(*part)) for part in parts])
+    ones = [jnp.ones_like(s) for s in plain]
+    if _always_in_range(parts):
+        return plain, ones
+    scales = powers.scales(plain)
+    trusted = [jnp.all(k == 1) for k in scales]
+
+    def again() -> tuple[Cells, Cells]:
+        pairs = zip(parts, powers.scopes.per_leaf(scales), strict=True)
+        separate = [_xla.separate_reads(*part, k) for part, k in pairs]
+        return powers.sum([scale(read(*part), k) for *part, k in separate]), scales
+
+    everywhere = all_devices_agree(_xla.of_all(operator.and_, trusted or [jnp.array(True)]))
+    flag = _xla.for_all(lax.stop_gradient(everywhere))
+    return _xla.cond(flag, lambda: (plain, ones), again)
 
 
 # XLA makes (x x) (k k) of (x k) (x k), where a leaf has one entry and k is a constant; k k is 0 or inf.

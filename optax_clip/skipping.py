@@ -10,11 +10,10 @@ from jax.typing import ArrayLike
 
 from optax_clip import _validate, _xla
 from optax_clip._mesh import place_like
-from optax_clip._records import Report, increment, transform
+from optax_clip._records import Report, clip_report, increment, transform
 from optax_clip._trees import Scopes
 from optax_clip._validate import AxisName
 from optax_clip._values import owned
-from optax_clip.clipping._reports import clip_report
 from optax_clip.norms import all_finite, measure
 from optax_clip.thresholds.engine import Limits, One, Seen, ThresholdRule, as_rule
 

@@ -12,10 +12,9 @@ from jax.typing import ArrayLike
 from optax_clip import _validate, _xla
 from optax_clip._geometry import radial
 from optax_clip._numerics import accumulator, as_dtype
-from optax_clip._records import Report, fraction, transform
+from optax_clip._records import Report, clip_report, fraction, part_names, transform
 from optax_clip._trees import Cells, Scopes
-from optax_clip._validate import AxisName, Ord, Record, Scope
-from optax_clip.clipping._reports import NamedParts, clip_report, named_parts
+from optax_clip._validate import AxisName, Groups, Ord, Record, Scope
 from optax_clip.norms import Norm, Order, all_finite, measure, total
 from optax_clip.thresholds.engine import A_RULE, Limits, Seen, lowest
 
@@ -41,20 +40,30 @@ class Clipping(NamedTuple):
 
     def transform(self, name: str, record: Record) -> optax.GradientTransformationExtraArgs:
         self.check()
-        named = named_parts(self.scope, record)
+        by_part = self._records_parts(record)
 
         def step(
             updates: Any, memory: Any, params: Any, *, grad_norm: ArrayLike | None = None, **_: Any
         ) -> tuple[Any, Any, Any]:
             done = self.act(updates, memory, params, grad_norm=grad_norm)
             new = done.cut.scopes.rebuild(updates, done.leaves)
-            return new, done.memory, lambda: self.report(done, named)
+            return new, done.memory, lambda: self.report(done, by_part=by_part)
 
         return transform(
             name, ("norms", "counts"), lambda params: self.limits.init(params, self.scope), step,
             record=bool(record), remembers=self.limits.remembers, by_tree=self.limits.by_tree,
-            scope=self.scope, axis_name=self.axis_name, parts=named and named.init,
+            scope=self.scope, axis_name=self.axis_name, part="scope" if by_part else None,
         )  # fmt: skip
+
+    def _records_parts(self, record: Record) -> bool:
+        """Are there metrics of each scope? Of groups always, of leaves by the word."""
+        _validate.record(record, "scopes")
+        grouped = isinstance(self.scope, Groups)
+        if record == "scopes" and self.scope != "leaf" and not grouped:
+            raise ValueError(
+                f'Expected record="scopes" only with scope="leaf" or groups, got scope={self.scope!r}.'
+            )
+        return record == "scopes" or (grouped and bool(record))
 
     def act(self, tree: Any, memory: Any, params: Any, **norm: ArrayLike | None) -> "Clipped":
         """Clip; ``norm`` by its name, if it is known already, of the scope ``"global"``."""
@@ -117,15 +126,17 @@ class Clipping(NamedTuple):
         each = zip(seen.norms, limits, seen.fine, strict=True)
         return [radial.clip(*own, exactly=self.normalize) for own in each]
 
-    def report(self, done: "Clipped", named: NamedParts | None) -> Report:
+    def report(self, done: "Clipped", *, by_part: bool) -> Report:
         cut, found, spoilt = done.cut, done.found, 0 if self.nonfinite == "zero" else jnp.nan
         fine, over, last, limit = map(cut.cells, (found.fine, done.over, done.after, done.shown))
         after = jnp.where(found.finite, total(cut.scopes, last, self.ord), spoilt)
         share = fraction([x & f for x, f in zip(over, fine, strict=True)])
         parts = {}
-        if named:
+        if by_part:
             settled = [jnp.where(f, x, spoilt) for f, x in zip(fine, last, strict=True)]
-            parts = named.report(cut.scopes, found.before, settled, limit)
+            columns = [found.before[0], settled[0], jnp.broadcast_to(limit[0], settled[0].shape)]
+            names = part_names(cut.scopes, "scope")
+            parts = {name: row for name, *row in zip(names, *columns, strict=True)}
         return clip_report(found.total, after, lowest(limit), share, found.finite, parts)
 
 

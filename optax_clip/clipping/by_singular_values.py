@@ -12,9 +12,8 @@ from optax_clip import _validate, _xla
 from optax_clip._geometry import matrices
 from optax_clip._geometry.matrices import Method
 from optax_clip._mesh import varying_axes
-from optax_clip._records import Report, fraction, transform
+from optax_clip._records import Report, clip_report, fraction, transform
 from optax_clip._trees import Scopes
-from optax_clip.clipping._reports import clip_report
 from optax_clip.norms import all_finite, measure
 from optax_clip.thresholds.engine import Limits, Seen, ThresholdRule
 

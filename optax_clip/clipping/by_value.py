@@ -13,13 +13,12 @@ from optax_clip import _settings, _validate, _xla
 from optax_clip._geometry.intervals import inwards, length, nearest
 from optax_clip._mesh import pooled, reduction_axes
 from optax_clip._numerics import accumulator, as_dtype
-from optax_clip._records import Report, increment, transform
+from optax_clip._records import Report, clip_report, increment, transform
 from optax_clip._settings import Initial, Setting
 from optax_clip._trees import Scopes
 from optax_clip._validate import AxisName
 from optax_clip._values import owned
 from optax_clip.clipping._acting import in_batches
-from optax_clip.clipping._reports import clip_report
 from optax_clip.norms import global_norm, measure
 from optax_clip.thresholds.engine import ThresholdRule
 

@@ -7,10 +7,9 @@ import optax
 from jax import Array
 
 from optax_clip import _validate
-from optax_clip._records import Report, transform
+from optax_clip._records import Report, part_names, transform
 from optax_clip._trees import Scopes
 from optax_clip._validate import AxisName, Groups, Ord, Scope
-from optax_clip.clipping._reports import part_names
 from optax_clip.norms import Order, measure
 
 __all__ = ["record_norms"]
@@ -78,10 +77,10 @@ def record_norms(
         raise ValueError(f'Expected scope to be "leaf", "global" or groups(label), got scope={scope!r}.')
     field = of[0] if len(of) == 1 else "ratios"
     reading = _Reading(scope, ord, tuple(of), axis_name, field)
-    fields, parts = ((field,), None) if scope == "global" else ((), reading.parts)
+    fields, part = ((field,), None) if scope == "global" else ((), field)
     return transform(
         name, fields, lambda params: (), reading.step,
-        record=record, remembers=False, scope=scope, axis_name=reading.axis_name, parts=parts,
+        record=record, remembers=False, scope=scope, axis_name=axis_name, part=part,
     )  # fmt: skip
 
 
@@ -93,11 +92,6 @@ class _Reading(NamedTuple):
     of: tuple[str, ...]
     axis_name: AxisName
     field: str
-
-    def parts(self, params: optax.Params) -> dict[str, str]:
-        return dict.fromkeys(
-            part_names(Scopes.of(params, self.scope, axis_name=())[0], self.field), self.field
-        )
 
     def step(
         self, updates: optax.Updates, memory: Any, params: Any, **extra: Any
@@ -120,8 +114,7 @@ class _Reading(NamedTuple):
         if self.scope == "global":
             return Report({self.field: [x[0] for x in columns]}, {})
         names = part_names(scopes, self.field)
-        rows = {part: {self.field: [x[i] for x in columns]} for i, part in enumerate(names)}
-        return Report({}, {}, rows)
+        return Report({}, {}, {name: [x[i] for x in columns] for i, name in enumerate(names)})
 
 
 def _norms(scopes: Scopes, xs: list[Array], ord: Ord) -> Array:
