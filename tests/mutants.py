@@ -172,7 +172,7 @@ MUTANTS = (
            'scope = self.scope if self.scope == "leaf" else axes',
            'scope = "leaf"'),
     Mutant("clipping/_acting.py", "test_local.py -k waits",
-           'alone = self.nonfinite == "local" and self.limits.act_alone',
+           'alone = self.nonfinite == "local" and not (self.limits.by_tree or scopes.is_joint)',
            "alone = False"),
     Mutant("clipping/by_value.py", "test_clipping.py -k traced_negative",
            "highs = [jnp.maximum(top, 0) for top in highs]",

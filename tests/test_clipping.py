@@ -20,8 +20,10 @@ from optax_clip import (
     clip_by_norm,
     clip_by_value,
     clip_tree,
+    groups,
     metrics,
     normalize_by_norm,
+    zscore,
 )
 
 DTYPES = ("float16", "bfloat16", "float32", "complex64", "float64")
@@ -783,6 +785,13 @@ def test_clip_by_value_invariants(tree, limit):
 def test_an_empty_tree_reports_the_limit(scope):
     tx = clip_by_norm(2.0, scope=scope)
     assert metrics(tx.update({}, tx.init({}))[1])["clip/threshold"] == 2
+
+
+@pytest.mark.parametrize("limit", [1.0, optax.constant_schedule(1.0), zscore(2.0)])
+def test_an_empty_tree_has_no_labels(limit):
+    tx = clip_by_norm({"a": limit}, scope=groups(lambda path, leaf: "a"))
+    updates, state = tx.update({}, tx.init({}))
+    assert updates == {} and metrics(state)["clip/steps"] == 1
 
 
 @pytest.mark.parametrize("scope", ["global", "leaf", "unit"])

@@ -299,10 +299,10 @@ OTHERS = {
     "a number's": (zclip(), lambda: CLIP.init(PARAMS), ValueError, "remembers nothing"),
     "a rule's": (CLIP, lambda: zclip().init(PARAMS), ValueError, "another threshold"),
     "another rule's": (
-        zclip(), lambda: optax_clip.autoclip(window=4).init(PARAMS), ValueError, "0/mean.*0/values",
+        zclip(), lambda: optax_clip.autoclip(window=4).init(PARAMS), ValueError, "mean.*values",
     ),
     "no schedule's": (
-        clip_by_norm(optax.constant_schedule(1.0)), lambda: CLIP.init(PARAMS), ValueError, "0/count",
+        clip_by_norm(optax.constant_schedule(1.0)), lambda: CLIP.init(PARAMS), ValueError, "count",
     ),
     "no schedule's, value": (
         optax_clip.clip_by_value(optax.constant_schedule(1.0)),

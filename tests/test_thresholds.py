@@ -292,7 +292,7 @@ def test_adagc_follows_a_rise_as_the_paper_has_it():
     """A step in which all is clipped raises gamma by (1 - 0.98) (1.05 - 1) = 0.1 percent."""
     norms = NOISE.copy()
     norms[EVENT:] *= 50
-    ((state,),) = run("adagc", norms)[2].values()
+    (state,) = run("adagc", norms)[2].values()
     gamma = state["gamma"]
     np.testing.assert_allclose(gamma[EVENT + 501] / gamma[EVENT + 1], 1.001**500, 1e-4)
 
@@ -343,7 +343,7 @@ def test_no_gradient_at_all(name, start, stop):
     clipped, _, states = run(name, norms)
     assert np.all(clipped[start:stop] == 0)
     assert np.all(clipped[stop:] > 0.2 * norms[stop:])
-    ((states,),) = states.values()  # under the name of the tree
+    (states,) = states.values()  # under the name of the tree
     before, after = state_at(states, start - 1), state_at(states, stop - 1)
     for key in before.keys() - {"seen"} if start > 0 else ():
         assert_same_bits(before[key], after[key])

@@ -89,7 +89,8 @@ class Clipping(NamedTuple):
         it.
         """
         scopes, xs = Scopes.of(tree, self.scope, self.axis_name, beside=params)
-        alone = self.nonfinite == "local" and self.limits.act_alone and not scopes.is_joint
+        # With a memory of norms the limit of a scope depends on the others, or on steps before.
+        alone = self.nonfinite == "local" and not (self.limits.by_tree or scopes.is_joint)
         if not alone:
             return Cut(scopes, [Part(scopes, _xla.materialized(xs), params, tuple(range(len(xs))))])
         weights = None if params is None else scopes.leaves_of(params, of=A_RULE)

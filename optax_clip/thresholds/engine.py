@@ -68,6 +68,7 @@ class _Given(ThresholdRule):
     """A number or a schedule: it asks for no weights, so any params will do."""
 
 
+_ALL = ""  # no label
 A_RULE = "a clip by a rule, such as adaptive_grad_clip,"  # where it asks for weights
 
 
@@ -85,117 +86,90 @@ class Seen(NamedTuple):
 class Limits(NamedTuple):
     """A threshold in the scopes of a tree: one rule for all, or one a label."""
 
-    rules: tuple[ThresholdRule, ...]
     name: str
-    memories: tuple[Any, ...]  # the shapes of what each remembers of one norm, or None
-    labels: tuple[str, ...] | None = None
+    rules: Mapping[str, ThresholdRule]  # by label; that for all has the name _ALL
+    memories: Mapping[str, Any]  # the shapes of what each remembers of one norm
+    remembers: bool
+    by_tree: bool  # of norms, which are those of one tree; a schedule counts steps alone
+    asks_for_weights: bool
 
     @classmethod
     def of(cls, scope: Any, **named: Any) -> "Limits":
         """From a number, schedule or rule, or with groups a dict of these; no dict if scope is None."""
         ((name, threshold),) = named.items()
         if scope is None or not isinstance(threshold, Mapping):
-            rule = as_rule(**named)
-            return cls((rule,), name, (_memory(rule),))
-        if not isinstance(scope, Groups):
+            rules = {_ALL: as_rule(**named)}
+        elif isinstance(scope, Groups):
+            each = sorted(threshold.items())
+            rules = {k: as_rule(**{f"{name}[{k!r}]": x}) for k, x in each}
+        else:
             raise ValueError(
                 f"Expected {name} to be a dict only with scope=groups(label), got {name}={threshold!r}."
             )
-        each = sorted(threshold.items())
-        rules = tuple(as_rule(**{f"{name}[{k!r}]": x}) for k, x in each)
-        return cls(rules, name, tuple(map(_memory, rules)), tuple(k for k, _ in each))
-
-    @property
-    def remembers(self) -> bool:
-        return bool(self._remembering)
-
-    @property
-    def by_tree(self) -> bool:
-        """Is there a memory of norms, which are those of one tree? A schedule counts steps alone."""
-        return any(not isinstance(rule, _Given) for rule in self._remembering)
-
-    @property
-    def _remembering(self) -> list[ThresholdRule]:
-        return [rule for rule, shape in zip(self.rules, self.memories, strict=True) if shape is not None]
-
-    @property
-    def act_alone(self) -> bool:
-        """Does the limit of a scope depend on no other scope, nor on steps before?"""
-        return not self.by_tree
-
-    @property
-    def asks_for_weights(self) -> bool:
-        return not all(isinstance(rule, _Given) for rule in self.rules)
+        memories = {k: _memory(rule) for k, rule in rules.items()}
+        held = [rule for k, rule in rules.items() if jax.tree.leaves(memories[k])]
+        learns, given = ([isinstance(rule, _Given) for rule in some] for some in (held, rules.values()))
+        return cls(name, rules, memories, bool(held), not all(learns), not all(given))
 
     def init(self, params: Any, scope: Any) -> Any:
         """The memory: one vector over all scopes, one number a label, on the devices of the weights."""
         scopes, xs = Scopes.of(params, scope, axis_name=())
-        self._require_each(scopes.labels)
-        states = place_like(self._first(scopes, accumulator(xs)), params)
-        return _owners.kept(states, params, scope) if self.by_tree else states
+        self._asked(scopes)
+        memory = place_like(self._first(scopes, accumulator(xs)), params)
+        return _owners.kept(memory, params, scope) if self.by_tree else memory
 
-    def _first(self, scopes: Scopes, dtype: Any) -> list[Any]:
-        norms = jnp.zeros(scopes.memory if self.labels is None else (), dtype)
-        return [rule.init(norms) for rule in self._remembering]
+    def _first(self, scopes: Scopes, dtype: Any) -> Any:
+        if _ALL in self.rules:
+            return self.rules[_ALL].init(jnp.zeros(scopes.memory, dtype))
+        return {label: rule.init(jnp.zeros((), dtype)) for label, rule in self.rules.items()}
 
     def update(self, seen: Seen, memory: Any) -> tuple[Cells, Any]:
         """A limit for each scope, cell by cell, and the next memory."""
-        ask = self._one_for_all if self.labels is None else self._one_a_label
-        new = functools.partial(self._first, seen.scopes, seen.norms[0].root.dtype)
-        old = self._own(_owners.opened(memory, new) if self.by_tree else memory or [])
-        states = iter(old)
-        full = [() if shape is None else next(states) for shape in self.memories]
-        limits, full = ask(seen, full)
-        kept = [state for state, shape in zip(full, self.memories, strict=True) if shape is not None]
-        kept = _in_dtypes_of(old, kept)
-        return limits, _owners.closed(memory, kept) if self.by_tree else kept
+        first = functools.partial(self._first, seen.scopes, seen.norms[0].root.dtype)
+        held = first() if memory is None else memory
+        old = self._own(_owners.opened(held, first) if self.by_tree else held)
+        norms, total = _told(seen, old)
+        rule, params = self._asked(seen.scopes), _param_norms(seen, norms)
+        if not self.remembers:
+            beside: Sequence[Array | None] = params or [None] * len(norms)
+            limits = [rule(n, old, p, total)[0] for n, p in zip(norms, beside, strict=True)]
+            return _like_norms(seen, limits), memory
+        joined = seen.scopes.join(norms)
+        _same_scopes(seen, old if _ALL in self.rules else (), joined)
+        limit, new = rule(joined, old, seen.scopes.join(params) if params else None, total)
+        new = _in_dtypes_of(old, new)
+        memory = _owners.closed(memory, new) if self.by_tree else new
+        return _like_norms(seen, seen.scopes.split(limit, norms)), memory
 
-    def _own(self, states: Any) -> list[Any]:
+    def _asked(self, scopes: Scopes) -> Callable[..., tuple[Array, Any]]:
+        """The update of the rule for all, or one over the vector of labels, each asking its own."""
+        if _ALL in self.rules:
+            return self.rules[_ALL].update
+        missing = set(scopes.labels or ()) - set(self.rules)
+        if missing:
+            raise ValueError(f"Expected {self.name} for each label, got none for {sorted(missing)}.")
+
+        def update(norms: Array, states: Any, params: Array | None, total: Array) -> tuple[Array, Any]:
+            limits, new = [norms[:0]], dict(states)
+            for row, label in enumerate(scopes.labels or ()):
+                of_params = None if params is None else params[row]
+                asked = self.rules[label].update(norms[row], states[label], of_params, total)
+                limit, new[label] = asked
+                limits.append(limit.astype(norms.dtype)[None])
+            return jnp.concatenate(limits), new
+
+        return update
+
+    def _own(self, states: Any) -> Any:
         """States that are those of these rules; as arrays, where Optax's tools set a number."""
-        wanted = [shape for shape in self.memories if shape is not None]
+        wanted = self.memories.get(_ALL, self.memories)
         structures: list[Any] = [jax.tree.structure(x) for x in (wanted, states)]
         if structures[0] != structures[1]:
             raise ValueError(
                 f"Expected in update the memory of {self.name}, with the entries {_entries(wanted)}, "
                 f"got that of another threshold, with {_entries(states)}."
             )
-        arrays: list[Any] = jax.tree.map(
-            lambda x, y: jnp.asarray(y, getattr(y, "dtype", x.dtype)), wanted, states
-        )
-        return arrays
-
-    def _one_for_all(self, seen: Seen, states: list[Any]) -> tuple[Cells, list[Any]]:
-        (rule,), (state,) = self.rules, states
-        norms, total = _told(seen, state)
-        params = _param_norms(seen, norms)
-        if not self.remembers:
-            beside: Sequence[Array | None] = params or [None] * len(norms)
-            asked = [rule.update(n, state, p, total)[0] for n, p in zip(norms, beside, strict=True)]
-            return _like_norms(seen, asked), states
-        joined = seen.scopes.join(norms)
-        _same_scopes(seen, state, joined)
-        limits, state = rule.update(joined, state, seen.scopes.join(params) if params else None, total)
-        return _like_norms(seen, seen.scopes.split(limits, norms)), [state]
-
-    def _one_a_label(self, seen: Seen, states: list[Any]) -> tuple[Cells, list[Any]]:
-        self._require_each(seen.scopes.labels)
-        (norms,), total = _told(seen, states)
-        params = _param_norms(seen, [norms])
-        found: dict[str, Array] = {}
-        new = list(states)
-        rows = {label: row for row, label in enumerate(seen.scopes.labels or ())}
-        for i, (label, rule) in enumerate(zip(self.labels or (), self.rules, strict=True)):
-            if label in rows:
-                row = rows[label]
-                of_params = params[0][row] if params else None
-                found[label], new[i] = rule.update(norms[row], states[i], of_params, total)
-        dtype = seen.norms[0].root.dtype
-        return [jnp.stack([found[label].astype(dtype) for label in seen.scopes.labels or ()])], new
-
-    def _require_each(self, labels: Sequence[str] | None) -> None:
-        missing = set() if self.labels is None else set(labels or ()) - set(self.labels)
-        if missing:
-            raise ValueError(f"Expected {self.name} for each label, got none for {sorted(missing)}.")
+        return jax.tree.map(lambda x, y: jnp.asarray(y, getattr(y, "dtype", x.dtype)), wanted, states)
 
 
 def as_rule(**named: Any) -> ThresholdRule:
@@ -229,8 +203,7 @@ def _limit(norms: Array, limit: ArrayLike) -> Array:
 
 def _memory(rule: ThresholdRule) -> Any:
     # A shape, not an array: what is made before the devices are chosen may not choose them.
-    memory = jax.eval_shape(rule.init, jax.ShapeDtypeStruct((), jnp.float32))
-    return memory if jax.tree.leaves(memory) else None
+    return jax.eval_shape(rule.init, jax.ShapeDtypeStruct((), jnp.float32))
 
 
 def _entries(states: Any) -> str:
@@ -250,11 +223,7 @@ def _told(seen: Seen, states: Any) -> tuple[Cells, Array]:
 def _param_norms(seen: Seen, norms: Cells) -> Cells | None:
     if seen.params is None:
         return None
-    weights = measure(
-        seen.scopes,
-        seen.scopes.leaves_of(seen.params, of=A_RULE),
-        seen.ord,
-    )
+    weights = measure(seen.scopes, seen.scopes.leaves_of(seen.params, of=A_RULE), seen.ord)
     return [lax.stop_gradient(w.value.astype(n.dtype)) for w, n in zip(weights, norms, strict=True)]
 
 
