@@ -10,7 +10,7 @@ import optax
 from jax import Array
 
 from optax_clip import _settings, _validate, _xla
-from optax_clip._geometry.intervals import inwards, length, nearest
+from optax_clip._geometry.intervals import Bounds, inwards, length, nearest
 from optax_clip._mesh import pooled, reduction_axes
 from optax_clip._numerics import accumulator, as_dtype
 from optax_clip._records import Report, clip_report, increment, transform
@@ -122,7 +122,7 @@ class _Interval(NamedTuple):
 
         def report() -> Report:
             threshold = _smallest(limits or _alone(self.lower, high), dtype)
-            return _report(scopes, _Reading(self.axis_name), xs, ends, threshold)
+            return _report(scopes, self.axis_name, xs, ends, threshold)
 
         return scopes.rebuild(updates, new), memory, report
 
@@ -148,7 +148,7 @@ def _follow(schedule: optax.Schedule, memory: Any) -> tuple[Any, Any]:
     return limit, {"count": increment(memory["count"])}
 
 
-def _limits(scopes: Scopes, xs: Sequence[Array], lower: Any, high: Any) -> list[tuple[Array, Array]]:
+def _limits(scopes: Scopes, xs: Sequence[Array], lower: Any, high: Any) -> list[Bounds]:
     """Both bounds of each leaf, as they were given."""
     for i, x in zip(scopes.places, xs, strict=True):
         if lower is not None and jnp.iscomplexobj(x):
@@ -165,24 +165,18 @@ def _limits(scopes: Scopes, xs: Sequence[Array], lower: Any, high: Any) -> list[
     return list(zip(lows, highs, strict=True))
 
 
-class _Reading(NamedTuple):
-    """How the numbers of a report are summed: over which mapped axes, each leaf on its own or not."""
-
-    axis_name: AxisName
-    apart: bool = False
-
-
-def _statistics(how: _Reading, xs: list[Array], ends: list[tuple[Array, Array]]) -> list[Array]:
+def _statistics(
+    axis_name: AxisName, batches: Sequence[Sequence[int]], xs: list[Array], ends: list[Bounds]
+) -> list[Array]:
     """Norms before and after, is a NaN there, and how many entries are outside."""
-    places = in_batches(xs) if how.apart else [tuple(range(len(xs)))]
-    rows = [_norms(how.axis_name, [xs[i] for i in some], [ends[i] for i in some]) for some in places]
-    before, after = (_pooled([row[i] for row in rows]) for i in (0, 1))
+    rows = [_norms(axis_name, [xs[i] for i in some], [ends[i] for i in some]) for some in batches]
+    before, after = map(_pooled, zip(*rows, strict=True))
     counts = [_xla.count_outside(x, *each) for x, each in zip(xs, ends, strict=True)]
-    axes = [reduction_axes(how.axis_name, x) for x in xs]
+    axes = [reduction_axes(axis_name, x) for x in xs]
     return [before, after, jnp.isnan(before), *pooled(axes, counts)]
 
 
-def _norms(axis_name: AxisName, xs: list[Array], ends: list[tuple[Array, Array]]) -> tuple[Array, Array]:
+def _norms(axis_name: AxisName, xs: list[Array], ends: list[Bounds]) -> tuple[Array, Array]:
     """The norms of some leaves together, as they are and clamped."""
     scopes, xs = Scopes.of(xs, "global", axis_name)
     lows, highs = ([each[i] for each in ends] for i in (0, 1))
@@ -191,7 +185,7 @@ def _norms(axis_name: AxisName, xs: list[Array], ends: list[tuple[Array, Array]]
     return before.value, after.value
 
 
-def _pooled(norms: list[Array]) -> Array:
+def _pooled(norms: Sequence[Array]) -> Array:
     """The norm of what has these norms."""
     if len(norms) == 1:
         return norms[0]
@@ -215,12 +209,15 @@ def _smallest(limits: Sequence[tuple[Any, Any]], dtype: Any) -> Array:
     return functools.reduce(jnp.minimum, each, jnp.asarray(jnp.inf, dtype))
 
 
-def _report(scopes: Scopes, how: _Reading, xs: list[Array], ends: Any, threshold: Array) -> Report:
+def _report(
+    scopes: Scopes, axis_name: AxisName, xs: list[Array], ends: list[Bounds], threshold: Array
+) -> Report:
+    # On a CPU each large leaf has its own careful sum, in a branch of its own.
+    apart, joint = in_batches(xs), [range(len(xs))]
     before, after, broken, outside = _xla.by_platform(
-        xs,
-        ends,
-        cpu=functools.partial(_statistics, how._replace(apart=True)),
-        default=functools.partial(_statistics, how),
-    )
+        xs, ends,
+        cpu=functools.partial(_statistics, axis_name, apart),
+        default=functools.partial(_statistics, axis_name, joint),
+    )  # fmt: skip
     share = jnp.where(~broken & (outside > 0), outside / max(scopes.counts[0].item(), 1), 0)
     return clip_report(before, after, threshold, share, ~broken)

@@ -208,7 +208,6 @@ def _factors(
     """Rescale each scope whose norm is outside [lower, upper]."""
     scopes, xs, norms = bounds.cut(params, *besides)
     lows, highs = bounds.both(lower, upper, scopes, xs, [norm.root for norm in norms], memory)
-    highs = [jnp.where(bounds.free(upper, high), jnp.inf, high) for high in highs]
     each = zip(norms, scopes.counts, lows, highs, strict=True)
     sphere = lower == upper
     plans = [radial.move_between(*own, sphere=sphere) for own in each]

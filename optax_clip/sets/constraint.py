@@ -167,8 +167,7 @@ class NormBounds(NamedTuple):
             given = _settings.per_home(scopes, xs, **{name: value})
             return [jnp.maximum(x, 0) if isinstance(x, Array) else x for x in given]
         like = [norm.root for norm in measure(scopes, xs, self.ord)]
-        highs = self.read(name, scopes, xs, like, memory)
-        return scopes.per_leaf([jnp.where(self.free(name, high), jnp.inf, high) for high in highs])
+        return scopes.per_leaf(self.upper(name, scopes, xs, like, memory))
 
     def cut(
         self, params: optax.Params, beside: Any = None, *updates: optax.Updates
@@ -188,19 +187,22 @@ class NormBounds(NamedTuple):
         norms = [x.astype(y.dtype) for x, y in zip(norms, like, strict=True)]
         return [jnp.maximum(jnp.asarray(value.kappa, x.dtype), 0) * x for x in norms]
 
+    def upper(self, name: str, scopes: Scopes, xs: Sequence[Array], like: Cells, memory: Any) -> Cells:
+        """An upper bound, cell by cell; inf where a scope is left free, since it was 0 at the start."""
+        highs, value = self.read(name, scopes, xs, like, memory), self.settings[name]
+        if not isinstance(value, Initial):
+            return highs
+        relative = as_dtype(value.kappa, like[0].dtype) > 0
+        return [jnp.where((high == 0) & relative, jnp.inf, high) for high in highs]
+
     def both(
         self, lower: str, upper: str, scopes: Scopes, xs: Sequence[Array], like: Cells, memory: Any
     ) -> tuple[Cells, Cells]:
         """The lower and the upper bound, cell by cell; 0 where there is no lower one."""
-        lows, highs = (self.read(k, scopes, xs, like, memory) if k else None for k in (lower, upper))
-        return lows or [jnp.zeros_like(x) for x in like], highs or []
-
-    def free(self, name: str, bound: Array) -> Array:
-        """Is a scope left free, since it was 0 at the start?"""
-        value: Any = self.settings[name]
-        relative: Any = isinstance(value, Initial) and as_dtype(value.kappa, bound.dtype) > 0
-        free: Array = (bound == 0) & relative
-        return free
+        highs = self.upper(upper, scopes, xs, like, memory)
+        if not lower:
+            return [jnp.zeros_like(x) for x in like], highs
+        return self.read(lower, scopes, xs, like, memory), highs
 
 
 def _at_start(scopes: Scopes, memory: Array, like: Cells, ord: Ord) -> Cells:

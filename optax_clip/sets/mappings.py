@@ -131,7 +131,6 @@ def by_norms(
     triangles = _triangles(scopes, [widen(w, dtype) for w in ws], [widen(g, dtype) for g in gs])
     roots = [t.size.root for t in triangles]
     lows, highs = bounds.both(lower, upper, scopes, ws, roots, memory)
-    highs = [jnp.where(bounds.free(upper, high), jnp.inf, high) for high in highs]
     each = zip(triangles, scopes.counts, lows, highs, strict=True)
     plans = [t.plan(n, low, high, reach.astype(dtype)) for t, n, low, high in each]
     flags, left = [], []

@@ -174,12 +174,11 @@ def l1_ball(
 ) -> tuple[optax.Params, Any]:
     """The projection onto the ball of order 1: the absolute values onto a simplex, where outside."""
     scopes, xs, norms = bounds.cut(params, beside)
-    radii = bounds.read("radius", scopes, xs, [norm.root for norm in norms], memory)
+    radii = bounds.upper("radius", scopes, xs, [norm.root for norm in norms], memory)
     overs, totals = [], []
     for norm, radius, n in zip(norms, radii, scopes.counts, strict=True):
         margin, inside = norm_error(n, norm.root.dtype)
-        over = ~(norm.root <= radius * norm.scale * (1 - margin)) & jnp.isfinite(norm.root)
-        overs.append(over & ~bounds.free("radius", radius))
+        overs.append(~(norm.root <= radius * norm.scale * (1 - margin)) & jnp.isfinite(norm.root))
         totals.append(jnp.where(overs[-1], radius * (1 - inside), 1))
     lengths = soft_threshold(Entries(scopes, modulus), xs, totals)
     rows = zip(xs, lengths, _xla.written_once(scopes.per_leaf(overs)), strict=True)
