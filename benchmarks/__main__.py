@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 
+import optax_clip
 from benchmarks import (
     _constrained_figure,
     collectives,
@@ -53,12 +54,13 @@ SHOWN = ("device", "cores", "jax", "optax")  # below the figure
 
 def surroundings() -> Row:
     """What the numbers depend on."""
-    packages = ("optax_clip", "jax", "jaxlib", "optax", "numpy")
+    packages = ("jax", "jaxlib", "optax", "numpy")
     return {
         "device": jax.devices()[0].device_kind,
         "system": platform.platform(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
+        "optax_clip": optax_clip.__version__,
         **{name: version(name) for name in packages},
     }
 

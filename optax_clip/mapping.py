@@ -26,8 +26,8 @@ def gradient_mapping(
     First in a chain that ends with `project_weights` on the same set; `constrained` is both in one call.
     A projection behind an optimizer that is not plain descent (Adam, Lion, RMSProp, Adafactor, Muon)
     stops where the optimizer's step is normal to the set, which is not where the gradient is. In boxes
-    that is the same for all of these but Muon. The gradient mapping is 0 exactly at the constrained stationary points: what
-    arrives there stays, and no momentum winds up against a wall.
+    that is the same for all of these but Muon. The gradient mapping is 0 exactly at the constrained
+    stationary points: what arrives there stays, and no momentum winds up against a wall.
 
     .. math:: g \leftarrow \frac{w - P_S(w - a g)}{a}, \qquad a_s \|g_s\| = \rho \|w_s\|
         \quad \text{for each scope } s

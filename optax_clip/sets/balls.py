@@ -70,14 +70,13 @@ def norm_ball(
     _validate.static(ord=ord)
     if ord not in (None, 1, 2, math.inf):
         raise ValueError(f"Expected ord to be None, 1, 2 or inf, got ord={ord!r}.")
-    bounds = NormBounds(scope, axis_name, ord, {"radius": radius})
+    bounds = NormBounds(scope, axis_name, ord, {"radius": radius}, "radius")
     if ord == math.inf:
-        ends = functools.partial(cube, bounds, "radius")
-        return remembering(bounds, "radius", entrywise(ends, axis_name))
+        return remembering(bounds, entrywise(functools.partial(cube, bounds), axis_name))
     if ord == 1:
         move = functools.partial(l1_ball, bounds)
-        return _norm_set(bounds, lambda params: move(params, None, None)[0], "", "radius", move=move)
-    return _rescaled_set(bounds, "", "radius", shrinks=True)
+        return _norm_set(bounds, lambda params: move(params, None, None)[0], move=move)
+    return _rescaled_set(bounds, shrinks=True)
 
 
 @value_object
@@ -117,8 +116,8 @@ def norm_sphere(
     radius = _settings.finite(radius=radius)
     _validate.scope(scope)
     _validate.axis_name(axis_name=axis_name)
-    bounds = NormBounds(scope, axis_name, None, {"radius": radius})
-    return _rescaled_set(bounds, "radius", "radius", shrinks=None)
+    bounds = NormBounds(scope, axis_name, None, {"radius": radius}, "radius", "radius")
+    return _rescaled_set(bounds, shrinks=None)
 
 
 @value_object
@@ -163,13 +162,13 @@ def norm_shell(
     lower, upper = _settings.ordered(lower=lower, upper=upper)
     _validate.scope(scope)
     _validate.axis_name(axis_name=axis_name)
-    bounds = NormBounds(scope, axis_name, None, {"lower": lower, "upper": upper})
-    return _rescaled_set(bounds, "lower", "upper", shrinks=False)
+    bounds = NormBounds(scope, axis_name, None, {"lower": lower, "upper": upper}, "upper", "lower")
+    return _rescaled_set(bounds, shrinks=False)
 
 
-def _rescaled_set(bounds: NormBounds, lower: str, upper: str, *, shrinks: bool | None) -> Constraint:
+def _rescaled_set(bounds: NormBounds, *, shrinks: bool | None) -> Constraint:
     """The set of all trees whose 2-norms are between two bounds."""
-    factors = functools.partial(_factors, bounds, lower, upper)
+    factors = functools.partial(_factors, bounds)
 
     def nearest(params: optax.Params) -> optax.Params:
         scopes, xs = Scopes.of(params, "leaf", axis_name=())
@@ -178,20 +177,20 @@ def _rescaled_set(bounds: NormBounds, lower: str, upper: str, *, shrinks: bool |
         inside: optax.Params = scopes.rebuild(params, new)
         return inside
 
-    mapped = functools.partial(by_norms, bounds, lower, upper)
-    return _norm_set(bounds, nearest, lower, upper, shrinks=shrinks, factors=factors, mapped=mapped)
+    mapped = functools.partial(by_norms, bounds)
+    return _norm_set(bounds, nearest, shrinks=shrinks, factors=factors, mapped=mapped)
 
 
 def _norm_set(
-    bounds: NormBounds, nearest: Any, lower: str, upper: str, *, shrinks: bool | None = True, **how: Any
+    bounds: NormBounds, nearest: Any, *, shrinks: bool | None = True, **how: Any
 ) -> Constraint:
-    """The set of all trees whose norms are between two bounds, "" for none."""
+    """The set of all trees whose norms are between two bounds."""
 
     def excess(params: optax.Params) -> Array:
         """A scope of zeros is not below."""
         scopes, xs, norms = bounds.cut(params)
         values = [norm.value for norm in norms]
-        lows, highs = bounds.both(lower, upper, scopes, xs, values, None)
+        lows, highs = (read(scopes, xs, values, None) for read in (bounds.lows, bounds.highs))
         ends = zip(values, lows, highs, strict=True)
         gaps = [jnp.maximum(jnp.where(v > 0, low - v, 0), v - high) for v, low, high in ends]
         return largest([jnp.maximum(gap, 0) for gap in gaps])
@@ -199,17 +198,16 @@ def _norm_set(
     constraint = Constraint(
         nearest, excess, shrinks=shrinks, axis_name=bounds.axis_name, scope=bounds.scope, **how
     )
-    return remembering(bounds, upper, constraint)
+    return remembering(bounds, constraint)
 
 
-def _factors(
-    bounds: NormBounds, lower: str, upper: str, params: optax.Params, memory: Any, *besides: Any
-) -> Factors:
+def _factors(bounds: NormBounds, params: optax.Params, memory: Any, *besides: Any) -> Factors:
     """Rescale each scope whose norm is outside [lower, upper]."""
     scopes, xs, norms = bounds.cut(params, *besides)
-    lows, highs = bounds.both(lower, upper, scopes, xs, [norm.root for norm in norms], memory)
+    roots = [norm.root for norm in norms]
+    lows, highs = (read(scopes, xs, roots, memory) for read in (bounds.lows, bounds.highs))
     each = zip(norms, scopes.counts, lows, highs, strict=True)
-    sphere = lower == upper
+    sphere = bounds.lower == bounds.upper
     plans = [radial.move_between(*own, sphere=sphere) for own in each]
     rows = radial.beside_leaves(scopes, [plan[:4] for plan in plans])
     report = moved_by(scopes, [plan.gap for plan in plans], [plan.changed for plan in plans])

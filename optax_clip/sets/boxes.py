@@ -153,7 +153,7 @@ def init_box(kappa: ArrayLike, *, axis_name: AxisName = None) -> Constraint:
 
     # The start is kept as bounds, times kappa: what is left to say of kappa is whether it is 0.
     some = np.sign(kappa) if not _validate.is_traced(kappa) else jnp.sign(kappa)
-    bounds = NormBounds("leaf", axis_name, math.inf, {"kappa": initial(some)})
+    bounds = NormBounds("leaf", axis_name, math.inf, {"kappa": initial(some)}, "kappa")
 
     def init(params: optax.Params) -> dict[str, Array]:
         paths, leaves, _ = flatten(params)
@@ -170,17 +170,17 @@ def init_box(kappa: ArrayLike, *, axis_name: AxisName = None) -> Constraint:
 
     def ends(params: optax.Params, memory: Any, beside: Any = None) -> list[Bounds]:
         require_real(*Scopes.of(params, "leaf", axis_name=()), of="box")
-        return cube(bounds, "kappa", params, memory, beside)
+        return cube(bounds, params, memory, beside)
 
     return at_start_only(entrywise(ends, axis_name)._replace(init=init), "kappa", kappa)
 
 
 def cube(
-    bounds: NormBounds, name: str, params: optax.Params, memory: Any = None, beside: Any = None
+    bounds: NormBounds, params: optax.Params, memory: Any = None, beside: Any = None
 ) -> list[Bounds]:
     """The ball of order inf bounds each entry."""
     scopes, xs = Scopes.of(params, bounds.scope, axis_name=(), beside=beside)
-    highs = bounds.highs(name, scopes, xs, memory)
+    highs = bounds.per_leaf(scopes, xs, memory)
     return [inwards(x, -high, high) for x, high in zip(xs, highs, strict=True)]
 
 

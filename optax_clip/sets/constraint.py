@@ -141,6 +141,8 @@ class NormBounds(NamedTuple):
     axis_name: AxisName
     ord: Ord
     settings: Mapping[str, Setting | Initial]
+    upper: str  # the name of the upper bound among the settings
+    lower: str = ""  # and of the lower one, if there is one
 
     @property
     def remembers(self) -> bool:
@@ -160,14 +162,14 @@ class NormBounds(NamedTuple):
         names = [name for name, value in self.settings.items() if isinstance(value, Initial)]
         return place_like({name: jnp.copy(norms) for name in names}, params)
 
-    def highs(self, name: str, scopes: Scopes, xs: Sequence[Array], memory: Any) -> list[Any]:
-        """One bound for each leaf, as precise as it was given; inf where a scope is left free."""
-        value: Any = self.settings[name]
+    def per_leaf(self, scopes: Scopes, xs: Sequence[Array], memory: Any) -> list[Any]:
+        """The upper bound of each leaf, as precise as it was given; inf where a scope is left free."""
+        value: Any = self.settings[self.upper]
         if not isinstance(value, Initial):
-            given = _settings.per_home(scopes, xs, **{name: value})
+            given = _settings.per_home(scopes, xs, **{self.upper: value})
             return [jnp.maximum(x, 0) if isinstance(x, Array) else x for x in given]
         like = [norm.root for norm in measure(scopes, xs, self.ord)]
-        return scopes.per_leaf(self.upper(name, scopes, xs, like, memory))
+        return scopes.per_leaf(self.highs(scopes, xs, like, memory))
 
     def cut(
         self, params: optax.Params, beside: Any = None, *updates: optax.Updates
@@ -178,31 +180,27 @@ class NormBounds(NamedTuple):
         read = add_as_apply_updates if updates else lambda x: x
         return scopes, xs, measure(scopes, xs, self.ord, *others, read=read)
 
-    def read(self, name: str, scopes: Scopes, xs: Sequence[Array], like: Cells, memory: Any) -> Cells:
-        """One bound, cell by cell; 0 where it is relative to a norm of 0."""
+    def highs(self, scopes: Scopes, xs: Sequence[Array], like: Cells, memory: Any) -> Cells:
+        """The upper bound, cell by cell; inf where a scope is left free, since it was 0 at the start."""
+        highs, value = self._read(self.upper, scopes, xs, like, memory), self.settings[self.upper]
+        if not isinstance(value, Initial):
+            return highs
+        relative = as_dtype(value.kappa, like[0].dtype) > 0
+        return [jnp.where((high == 0) & relative, jnp.inf, high) for high in highs]
+
+    def lows(self, scopes: Scopes, xs: Sequence[Array], like: Cells, memory: Any) -> Cells:
+        """The lower bound, cell by cell; 0 where there is none."""
+        if not self.lower:
+            return [jnp.zeros_like(x) for x in like]
+        return self._read(self.lower, scopes, xs, like, memory)
+
+    def _read(self, name: str, scopes: Scopes, xs: Sequence[Array], like: Cells, memory: Any) -> Cells:
         value: Any = self.settings[name]
         if not isinstance(value, Initial):
             return _settings.per_scope(scopes, xs, like, **{name: value})
         norms = _at_start(scopes, memory[name], like, self.ord)
         norms = [x.astype(y.dtype) for x, y in zip(norms, like, strict=True)]
         return [jnp.maximum(jnp.asarray(value.kappa, x.dtype), 0) * x for x in norms]
-
-    def upper(self, name: str, scopes: Scopes, xs: Sequence[Array], like: Cells, memory: Any) -> Cells:
-        """An upper bound, cell by cell; inf where a scope is left free, since it was 0 at the start."""
-        highs, value = self.read(name, scopes, xs, like, memory), self.settings[name]
-        if not isinstance(value, Initial):
-            return highs
-        relative = as_dtype(value.kappa, like[0].dtype) > 0
-        return [jnp.where((high == 0) & relative, jnp.inf, high) for high in highs]
-
-    def both(
-        self, lower: str, upper: str, scopes: Scopes, xs: Sequence[Array], like: Cells, memory: Any
-    ) -> tuple[Cells, Cells]:
-        """The lower and the upper bound, cell by cell; 0 where there is no lower one."""
-        highs = self.upper(upper, scopes, xs, like, memory)
-        if not lower:
-            return [jnp.zeros_like(x) for x in like], highs
-        return self.read(lower, scopes, xs, like, memory), highs
 
 
 def _at_start(scopes: Scopes, memory: Array, like: Cells, ord: Ord) -> Cells:
@@ -227,10 +225,11 @@ def at_start_only(constraint: Constraint, name: str, value: Any) -> Constraint:
     return constraint._replace(nearest=raises, excess=raises)
 
 
-def remembering(bounds: NormBounds, name: str, constraint: Constraint) -> Constraint:
+def remembering(bounds: NormBounds, constraint: Constraint) -> Constraint:
     """With the norms at the start, if it needs them."""
     if not bounds.remembers:
         return constraint
+    name = bounds.upper
     return at_start_only(constraint._replace(init=bounds.init), name, bounds.settings[name])
 
 

@@ -121,8 +121,8 @@ def _clipped(w: Array, g: Array, low: Array, high: Array, reach: Array) -> tuple
 
 
 def by_norms(
-    bounds: NormBounds, lower: str, upper: str,
-    params: optax.Params, grads: optax.Updates, memory: Any, beside: Any, reach: Array,
+    bounds: NormBounds, params: optax.Params, grads: optax.Updates, memory: Any, beside: Any,
+    reach: Array,
 ) -> Mapped:  # fmt: skip
     """``f g + (1 - f) w / a``: of each scope the step ends at ``f`` of its length, or at all of it."""
     scopes, gs = Scopes.of(grads, bounds.scope, bounds.axis_name, beside=beside)
@@ -130,7 +130,7 @@ def by_norms(
     dtype = accumulator([*ws, *gs])
     triangles = _triangles(scopes, [widen(w, dtype) for w in ws], [widen(g, dtype) for g in gs])
     roots = [t.size.root for t in triangles]
-    lows, highs = bounds.both(lower, upper, scopes, ws, roots, memory)
+    lows, highs = (read(scopes, ws, roots, memory) for read in (bounds.lows, bounds.highs))
     each = zip(triangles, scopes.counts, lows, highs, strict=True)
     plans = [t.plan(n, low, high, reach.astype(dtype)) for t, n, low, high in each]
     flags, left = [], []

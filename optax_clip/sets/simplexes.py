@@ -174,7 +174,7 @@ def l1_ball(
 ) -> tuple[optax.Params, Any]:
     """The projection onto the ball of order 1: the absolute values onto a simplex, where outside."""
     scopes, xs, norms = bounds.cut(params, beside)
-    radii = bounds.upper("radius", scopes, xs, [norm.root for norm in norms], memory)
+    radii = bounds.highs(scopes, xs, [norm.root for norm in norms], memory)
     overs, totals = [], []
     for norm, radius, n in zip(norms, radii, scopes.counts, strict=True):
         margin, inside = norm_error(n, norm.root.dtype)
