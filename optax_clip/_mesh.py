@@ -55,13 +55,12 @@ def all_reduce(
     return out
 
 
-def pooled(axes: Sequence[Axes], *columns: Sequence[Array], largest: bool = False) -> list[Array]:
-    """Of each column of one value a leaf the sum, or the largest, on all devices that hold a part."""
-    combine, collective = (jnp.maximum, lax.pmax) if largest else (jnp.add, lax.psum)
+def pooled(axes: Sequence[Axes], *columns: Sequence[Array]) -> list[Array]:
+    """Of each column of one value a leaf the sum, on all devices that hold a part."""
     values = [x.astype(jnp.float32) for column in columns for x in column]
-    parts = iter(all_reduce(values, list(axes) * len(columns), collective))
+    parts = iter(all_reduce(values, list(axes) * len(columns), lax.psum))
     each = ([next(parts) for _ in column] for column in columns)
-    return [functools.reduce(combine, column, jnp.float32(0)) for column in each]
+    return [functools.reduce(jnp.add, column, jnp.float32(0)) for column in each]
 
 
 def entries(axes: Sequence[Axes], sizes: Sequence[int]) -> float:

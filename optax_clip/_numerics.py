@@ -76,6 +76,15 @@ def straight_through(value: Array, source: Array) -> Array:
 straight_through.defjvps(None, lambda tangent, out, value, source: tangent)
 
 
+def has_nan(x: Array, **axes: Any) -> Array:
+    """1 where an entry is NaN, else 0, over all or some axes.
+
+    Maxima drop a NaN: a CPU's among thousands of entries, and those across devices. Sums do not, and a
+    CPU's fast sum takes in a clamp, but no comparison.
+    """
+    return jnp.isnan(jnp.sum(jnp.clip(x, -1, 1), **axes)).astype(x.dtype)
+
+
 def is_float8(dtype: Any) -> bool:
     return not jnp.issubdtype(dtype, jnp.complexfloating) and jnp.finfo(dtype).bits <= 8
 

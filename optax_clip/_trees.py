@@ -20,6 +20,7 @@ from optax_clip._mesh import (
     reduction_axes,
     spans_devices,
 )
+from optax_clip._numerics import has_nan
 from optax_clip._validate import AxisName, Groups, Scope
 
 _ROW = 128  # entries of a row that is summed on its own
@@ -297,8 +298,10 @@ class Scopes(NamedTuple):
         return [[cell[..., i] for cell in cells] for i in range(len(ways))]
 
     def max(self, terms: Sequence[Array], initial: float = 0) -> Cells:
-        """The largest term of each scope."""
-        return self._reduce(terms, functools.partial(jnp.max, initial=initial), lax.pmax, jnp.maximum)
+        """The largest term of each scope; NaN if one is."""
+        reductions = functools.partial(jnp.max, initial=initial), has_nan
+        tops, flags = (self._reduce(terms, each, lax.pmax, jnp.maximum) for each in reductions)
+        return [jnp.where(flag > 0, jnp.nan, top) for top, flag in zip(tops, flags, strict=True)]
 
     def _reduce(self, terms: Sequence[Array], reduce: Any, collective: Any, combine: Any) -> Cells:
         keep = [not isinstance(where, int) and not self.is_global for _, where in self.homes]

@@ -93,11 +93,13 @@ def finite(_ndim: int | None = 0, **named: Any) -> None:
 
 
 def integer(minimum: int, **named: Any) -> None:
-    """Each value is one integer >= minimum."""
+    """Each value is one integer >= minimum that an int32 holds."""
     for name, x in named.items():
         if isinstance(x, bool) or not jnp.issubdtype(_dtype(x), jnp.integer):
             raise TypeError(f"Expected {name} to be an integer, got {name}={x!r}.")
     at_least(minimum, **named)
+    for name, x in named.items():
+        _require(name, x, lambda value: value < 2**31, f"{name} < 2**31")
 
 
 def positive(**named: Any) -> None:

@@ -154,7 +154,8 @@ def count_outside(x: Array, low: Array, high: Array, *, at: bool = False) -> Arr
         x, low, high, zero, one, huge, most = once((x, low, high, *own))
         x = size(x, dtype)
         finite = jnp.minimum(jnp.maximum(x, -most), most)  # inf - inf, at no bound, is NaN
-        gap = jnp.minimum(high - finite, finite - low) if at else jnp.maximum(x - high, low - x)
+        ends = high - finite, finite - low
+        gap = jnp.minimum(*ends) if at else -jnp.minimum(*ends)
         number = jnp.sum(jnp.minimum(jnp.maximum(gap, zero) * huge, one))
         return x.size - number if at else number
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from optax_clip import _validate, _xla
-from optax_clip._mesh import all_devices_agree, all_reduce, varying_axes
-from optax_clip._numerics import accumulator, power_of_two, reciprocal, scale, widen
+from optax_clip._mesh import Axes, all_devices_agree, all_reduce, varying_axes
+from optax_clip._numerics import accumulator, has_nan, power_of_two, reciprocal, scale, widen
 from optax_clip._trees import Cells, Scopes, shape_of
 from optax_clip._validate import AxisName, Groups, Ord, Scope
 
@@ -232,7 +232,7 @@ def measure(
     """
     (p, mean), dtype = Order.of(ord), accumulator(xs)
     parts = list(zip(xs, *others, strict=True))
-    if p == math.inf:
+    if p == math.inf and not any(map(jnp.iscomplexobj, xs)):
         return [Norm.of(top) for top in scopes.max([modulus(widen(read(*x), dtype)) for x in parts])]
     if p not in (1, 2):
         return _power_norms(scopes, [read(*x) for x in parts], p, mean=mean)
@@ -362,7 +362,10 @@ def _by_part(change: Callable[[Array], Array], x: Array) -> Array:
 
 
 def _power_norms(scopes: Scopes, xs: Sequence[Array], p: float, *, mean: bool) -> list[Norm]:
-    """High powers are in range relative to the largest entry, whose power of two is kept apart."""
+    """High powers are in range relative to the largest entry, whose power of two is kept apart.
+
+    So is a complex entry, whose modulus may overflow.
+    """
     wide = [widen(x, accumulator(xs)) for x in xs]
     peaks = scopes.max([jnp.abs(lax.stop_gradient(x)) for x in wide])
     scales = [reciprocal(power_of_two(peak)) for peak in peaks]
@@ -370,7 +373,8 @@ def _power_norms(scopes: Scopes, xs: Sequence[Array], p: float, *, mean: bool) -
     tops = [jnp.where((top > 0) & (top < jnp.inf), top, 1) for top in tops]
     columns = scopes.per_leaf(scales), scopes.per_leaf([1 / top for top in tops])
     terms = [_power(scale(x, *factors), p) for x, *factors in zip(wide, *columns, strict=True)]
-    sums = _averaged(scopes, scopes.sum(terms)) if mean else scopes.sum(terms)
+    sums = scopes.max(terms) if p == math.inf else scopes.sum(terms)
+    sums = _averaged(scopes, sums) if mean else sums
     return [Norm(_root(s, p) * top, k) for s, top, k in zip(sums, tops, scales, strict=True)]
 
 
@@ -379,14 +383,14 @@ def total(scopes: Scopes, values: Cells, ord: Ord) -> Array:
     if scopes.is_global:
         return values[0]
     (p, mean), names = Order.of(ord), [varying_axes(v) for v in values]
+    whole = largest(values, names)
+    if p == math.inf:
+        return whole
 
-    def pool(terms: Cells, *, maximum: bool = False) -> Array:
-        parts = [jnp.max(t, initial=0) if maximum else jnp.sum(t) for t in terms]
-        parts = all_reduce(parts, names, lax.pmax if maximum else lax.psum)
-        return _xla.of_all(jnp.maximum if maximum else operator.add, parts)
+    def pool(terms: Cells) -> Array:
+        return _xla.of_all(operator.add, all_reduce([jnp.sum(t) for t in terms], names, lax.psum))
 
-    peak = pool(values, maximum=True)
-    peak = jnp.where((peak > 0) & (peak < jnp.inf), peak, 1)
+    peak = jnp.where((whole > 0) & (whole < jnp.inf), whole, 1)
     scaling = reciprocal(power_of_two(peak))
     top = peak * scaling
     terms = [_power(v * scaling / top, p) for v in values]
@@ -396,7 +400,16 @@ def total(scopes: Scopes, values: Cells, ord: Ord) -> Array:
         ]
         average = pool([t * n for t, n in zip(terms, sizes, strict=True)]) / jnp.maximum(pool(sizes), 1)
         return top * _root(average, p) / scaling
-    return top * _root(pool(terms, maximum=p == math.inf), p) / scaling
+    return top * _root(pool(terms), p) / scaling
+
+
+def largest(xs: Sequence[Array], axes: Sequence[Axes], least: float = 0) -> Array:
+    """The largest entry of some arrays on all devices that hold a part of them; NaN if one is."""
+    tops = [jnp.max(x, initial=least) for x in xs] or [jnp.float32(least)]
+    flags = [has_nan(x) for x in xs] or [jnp.float32(0)]
+    both = all_reduce([*tops, *flags], [*axes, *axes], lax.pmax) if xs else [*tops, *flags]
+    top, flag = (_xla.of_all(jnp.maximum, part) for part in (both[: len(tops)], both[len(tops) :]))
+    return jnp.where(flag > 0, jnp.nan, top)
 
 
 def all_finite(norms: Sequence[Norm]) -> Array:
@@ -431,9 +444,9 @@ def modulus(x: Array) -> Array:
 
 
 def _root(x: Array, p: float) -> Array:
-    """``x^(1/p)``, with a derivative of 0 at 0."""
+    """``x^(1/p)``, with a derivative of 0 at 0, inf and NaN."""
     if p in (1, math.inf):
         return x
-    zero = x == 0
-    y = jnp.where(zero, 1, x)
-    return jnp.where(zero, 0, jnp.sqrt(y) if p == 2 else y ** (1 / p))
+    still = (x == 0) | ~jnp.isfinite(x)
+    y = jnp.where(still, 1, x)
+    return jnp.where(still, lax.stop_gradient(x), jnp.sqrt(y) if p == 2 else y ** (1 / p))

@@ -26,6 +26,7 @@ from optax_clip._records import Report, fraction, transform
 from optax_clip._trees import Scopes
 from optax_clip._validate import AxisName
 from optax_clip._values import owned
+from optax_clip.norms import largest
 
 __all__ = ["qk_clip", "rescale_weights"]
 
@@ -261,10 +262,10 @@ def _wide(x: Any) -> Array:
 
 
 def _largest(xs: Sequence[Array]) -> Array:
-    """The largest entry on any device, 0 if there is none."""
-    parts = [jnp.max(x).astype(jnp.float32) for x in xs if x.size]
-    parts = all_reduce(parts, [reduction_axes(None, x) for x in parts], lax.pmax)
-    return jnp.max(jnp.stack(parts)) if parts else jnp.float32(0)
+    """The largest entry on any device, 0 if there is none and NaN if one is."""
+    some = [x.astype(jnp.float32) for x in xs if x.size]
+    axes = [reduction_axes(None, x) for x in some]
+    return largest(some, axes, least=-jnp.inf) if some else jnp.float32(0)
 
 
 def _all_finite(xs: Sequence[Array]) -> Array:

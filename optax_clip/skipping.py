@@ -41,7 +41,7 @@ def skip_spikes(
         inner: the optimizer to guard.
         rule: the limit C on the norm of the whole gradient: a `ThresholdRule` such as `zscore`, a number
             >= 0, a 0-d array or a schedule ``step -> number``.
-        value_rule: likewise a limit on the loss, such as `window_zscore`; a number may be negative. The
+        value_rule: likewise a limit on the loss, such as `window_zscore`; it may be negative. The
             update then needs ``value=``, the loss of the step, and a step above either limit is left
             out.
         max_consecutive: after so many spikes left out in a row the next finite step is taken.
@@ -182,14 +182,8 @@ def _guarded(inner: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def _value_rule(value_rule: Any) -> ThresholdRule:
-    """A limit on the loss: none, a rule or schedule, or a number that may be negative."""
-    if value_rule is None or callable(value_rule) or isinstance(value_rule, ThresholdRule):
-        return as_rule(value_rule=jnp.inf if value_rule is None else value_rule)
-    _validate.number(value_rule=value_rule)
-    number = owned(value_rule)
-    return ThresholdRule(
-        lambda _: (), lambda norms, state, *_: (jnp.asarray(number, norms.dtype), state)
-    )
+    """A limit on the loss, which may be negative: a number, a schedule, a rule or none."""
+    return as_rule(-jnp.inf, value_rule=jnp.inf if value_rule is None else value_rule)
 
 
 def _loss(value: Any, *, needed: bool) -> Array:

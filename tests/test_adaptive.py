@@ -460,3 +460,11 @@ def test_derivatives_of_a_skipped_step(inner, standard_promotion):
     for grads in (BAD, times(3.0)):
         slopes = jax.jit(jax.grad(moved, argnums=(0, 1, 2)))(jnp.float32(0.5), grads, PARAMS)
         chex.assert_trees_all_equal(slopes, (jnp.float32(0), ZERO, jax.tree.map(jnp.ones_like, PARAMS)))
+
+
+@pytest.mark.parametrize("limit", [-1.0, jnp.float32(-1.0), optax.constant_schedule(-1.0)])
+def test_a_limit_on_a_loss_below_zero(limit):
+    tx = skip_spikes(optax.sgd(0.1), jnp.inf, value_rule=limit)
+    step = jax.jit(lambda state, loss: tx.update(GRADS, state, PARAMS, value=loss)[1])
+    state = step(step(tx.init(PARAMS), -2.0), -0.5)
+    assert metrics(state)["skip/steps_skipped"] == 1 and metrics(state)["skip/value_threshold"] == -1

@@ -801,3 +801,58 @@ def test_a_norm_and_a_limit_sixty_decades_apart(scope):
         tx = clip_by_norm(limit, scope=scope)
         clipped, _ = tx.update(tree, tx.init(tree))
         np.testing.assert_allclose(clipped["w"], [0, limit], rtol=1e-5)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("ord", [None, 1, math.inf])
+@pytest.mark.parametrize(("nonfinite", "left", "count"), [("zero", 0, 1), ("propagate", np.nan, 1)])
+def test_one_nan_among_thousands(nonfinite, left, count, ord, scope):
+    tree = {"a": jnp.ones(5000).at[2331].set(jnp.nan), "b": jnp.ones((2, 2))}
+    tx = clip_by_norm(0.5, scope=scope, ord=ord, nonfinite=nonfinite)
+    updates, state = tx.update(tree, tx.init(tree))
+    for x in jax.tree.leaves(updates):
+        np.testing.assert_array_equal(x, np.full(x.shape, left))
+    assert metrics(state)["clip/steps_nonfinite"] == count
+
+
+def test_what_is_made_zero_has_a_derivative_of_zero():
+    def moved(w, bad):
+        return sum(jnp.sum(x) for x in clip_tree([bad, w], 1.0, nonfinite="zero")[0])
+
+    for bad in (jnp.inf, jnp.nan):
+        slopes = jax.jit(jax.grad(moved))(jnp.ones(2), jnp.array([bad, 1.0]))
+        np.testing.assert_array_equal(slopes, [0, 0])
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("ord", [None, 1, math.inf])
+def test_second_derivatives_where_nothing_is_clipped(ord, scope):
+    def moved(x):
+        return jnp.sum(clip_tree(x, 1.0, ord=ord, scope=scope)[0] * jnp.array([2.0, 3.0]))
+
+    for size in (1e-30, 1e-20, 0.1):
+        x = size * jnp.array([3.0, 4.0])
+        np.testing.assert_array_equal(jax.grad(moved)(x), [2, 3])
+        np.testing.assert_array_equal(jax.jit(jax.hessian(moved))(x), np.zeros((2, 2)))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn", "float8_e5m2"])
+def test_normalised_beyond_a_narrow_dtype(dtype):
+    """To the end of its range, in the direction that there was."""
+    x = jnp.array([3.0, -4.0, 0.5, 0.0]).astype(dtype)
+    most = float(jnp.finfo(dtype).max)
+    tx = normalize_by_norm(1e6)
+    updates, state = tx.update(x, tx.init(x))
+    np.testing.assert_array_equal(np.asarray(updates).astype(np.float32), [most, -most, most, 0])
+    assert metrics(state)["normalize/steps_nonfinite"] == 0
+
+
+def test_an_infinite_entry_at_an_infinite_bound_is_not_clipped():
+    for g in (
+        jnp.array([jnp.inf, -5.0, -7.0, 0.0]),
+        {"a": jnp.array([jnp.inf, 0]), "b": jnp.full(2, -5.0)},
+    ):
+        tx = clip_by_value(jnp.inf, lower=-1.0)
+        _, state = tx.update(g, tx.init(g))
+        found = metrics(state)
+        assert (found["clip/fraction"], found["clip/steps_clipped"]) == (0.5, 1)

@@ -1,5 +1,6 @@
 """Measure: every order in every scope against float64, over the whole range of every dtype."""
 
+import functools
 import math
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import reference
-from optax_clip import global_norm, tree_norms
+from optax_clip import clip_tree, global_norm, tree_norms
 
 ORDS = (None, 1, 2, 3.5, math.inf, "rms")
 DTYPES = ("float16", "bfloat16", "float32", "complex64", "float64")
@@ -296,3 +297,23 @@ def test_constants_of_the_program(size):
         np.testing.assert_allclose(found[key].ravel(), [np.linalg.norm(np.float64(x))], rtol=1e-6)
     made = jax.jit(lambda: global_norm([jnp.zeros(4), jnp.full(4, size)]))()
     np.testing.assert_allclose(made, 2 * size, rtol=1e-6)
+
+
+@pytest.mark.parametrize("ord", ORDS)
+@pytest.mark.parametrize("mode", ["eager", "jit"])
+def test_one_nan_among_thousands(mode, ord):
+    """A CPU's maximum drops it."""
+    x = np.ones((2500, 2), np.float32)
+    x[1165, 1] = np.nan
+    for scope, expected in {"global": [True], "leaf": [True], "unit": [False, True]}.items():
+        measure = functools.partial(tree_norms, scope=scope, ord=ord)
+        found = (jax.jit(measure) if mode == "jit" else measure)([jnp.asarray(x)])
+        assert np.isnan(jax.tree.leaves(found)[0]).ravel().tolist() == expected
+
+
+@pytest.mark.parametrize("scope", ["global", "leaf", "unit"])
+def test_a_modulus_beyond_float32(scope):
+    x = np.array([3e38 + 3e38j, 1, 1e-38j], np.complex64)
+    clipped, norm = clip_tree([jnp.asarray(x)], 1.0, ord=math.inf, scope=scope)
+    np.testing.assert_allclose(clipped[0], [(1 + 1j) / math.sqrt(2), 0, 0], rtol=1e-6, atol=1e-38)
+    assert np.isposinf(jax.tree.leaves(norm)[0]).all()

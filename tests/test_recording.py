@@ -370,3 +370,15 @@ def test_the_ratio_is_that_of_the_update_to_the_weights():
     found = metrics(tx.update(updates, tx.init(params), params)[1])
     assert found["norms/w/ratio"] == 0.5  # 5 beside 10; beside weights of 0 there is no ratio
     assert (found["norms/b/ratio"], found["norms/b/updates"], found["norms/b/params"]) == (0, 1, 0)
+
+
+def test_the_norm_of_the_whole_tree():
+    tx = record_norms("global", of=("updates", "params"))
+    updates, params = (
+        {"a": jnp.full(1, 3.0), "b": jnp.full(1, 4.0)},
+        {"a": jnp.zeros(1), "b": jnp.full(1, 10.0)},
+    )
+    state = optax.chain(tx, optax.sgd(0.1)).init(params)
+    _, state = optax.chain(tx, optax.sgd(0.1)).update(updates, state, params)
+    expected = {"norms/updates": 5, "norms/params": 10, "norms/ratio": 0.5, "norms/steps": 1}
+    assert metrics(state) == expected

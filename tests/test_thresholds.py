@@ -439,3 +439,14 @@ def test_adagc_clips_a_huge_first_gradient_in_its_direction(max_norm):
     grads = jnp.array([6e37, 8e37])
     updates, _ = tx.update(grads, tx.init(grads))
     np.testing.assert_allclose(updates, [0.6 * max_norm, 0.8 * max_norm], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "tx", [autoclip(window=4), zclip(), clip_by_norm(window_zscore(2.0), scope="global")]
+)
+def test_leaves_that_do_not_count(tx):
+    """In the scope global no weights have to tell of them."""
+    tree = {"w": jnp.array([3.0, 4.0]), "i": jnp.arange(2), "none": None}
+    updates, _ = tx.update(tree, tx.init(tree))
+    assert updates["none"] is None and updates["i"] is tree["i"]
+    np.testing.assert_array_equal(updates["w"], tree["w"])

@@ -1,12 +1,14 @@
 """`violation` speaks of weights as they are stored, also in the program that made them."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from optax_clip import box, project_weights, violation
+from optax_clip import box, norm_ball, project_weights, simplex, violation
 
 
 @pytest.mark.full
@@ -27,3 +29,12 @@ def test_right_after_an_update(dtype):
     outside = np.abs(np.asarray(new, np.float64)).max() - limit
     assert outside <= 0 and found == 0
     assert violation(jnp.full(2, 0.5, dtype), box(-0.25, 0.25)) == 0.25
+
+
+@pytest.mark.parametrize(
+    "bounded",
+    [box(-2.0, 2.0), norm_ball(1.0), norm_ball(1.0, ord=math.inf), norm_ball(1.0, ord=1), simplex()],
+)
+def test_one_nan_among_thousands(bounded):
+    """A CPU's maximum drops it."""
+    assert np.isnan(violation({"a": jnp.ones(5000).at[2331].set(jnp.nan), "b": jnp.ones(3)}, bounded))

@@ -33,14 +33,17 @@ class Move(NamedTuple):
     gap: Array
 
 
-def clip(norm: Norm, limit: Array, fine: Array, *, exactly: bool) -> Clip:
-    """``x limit / norm`` where the norm is over its limit, or ``exactly`` there; NaN if not ``fine``."""
+def clip(norm: Norm, limit: Array, fine: Array, *, exactly: bool, spoilt: float) -> Clip:
+    """``x limit / norm`` where the norm is over its limit, or ``exactly`` there; if not fine, spoilt."""
     limit = jnp.maximum(limit, 0)
     over = (norm.root != 0) | jnp.isnan(limit) if exactly else norm.exceeds(limit)
     zeroed = over | (limit == 0)  # also what the device takes for a norm of 0
-    first, second = norm.factors(jnp.where(zeroed, limit, 1))
+    # Where nothing is rescaled the derivatives of the factors are 0, and not that times inf or NaN.
+    used = zeroed & fine
+    own = Norm(*(jnp.where(used, part, 1) for part in norm))
+    first, second = own.factors(jnp.where(used, limit, 1))
     after = jnp.where(over, limit, norm.value)
-    return Clip(zeroed | ~fine, first, jnp.where(fine, second, jnp.nan), over, after)
+    return Clip(zeroed | ~fine, first, jnp.where(fine, second, spoilt), over, after)
 
 
 def move_between(norm: Norm, n: Any, low: Array, high: Array, *, sphere: bool) -> Move:
@@ -86,11 +89,17 @@ def rescaled(x: Array, first: Array, second: Array) -> Array:
 def clipped(scopes: Scopes, xs: list[Array], plans: Sequence[Clip], kept: Array | None) -> list[Array]:
     """The leaves, clipped; of a step that is not ``kept`` zeros."""
     rows = beside_leaves(scopes, [plan[:3] for plan in plans])
-    new = [rescaled(x, *factors) for x, (_, *factors) in zip(xs, rows, strict=True)]
+    new = [_in_range(rescaled(x, *factors), x) for x, (_, *factors) in zip(xs, rows, strict=True)]
     if kept is not None:
         kept = _xla.once(kept)
         new = [lax.select(kept, y, jnp.zeros_like(y)) for y in new]
     return _xla.select(xs, [changed for changed, *_ in rows], new)
+
+
+def _in_range(y: Array, x: Array) -> Array:
+    """What is made longer stays finite in a narrow dtype."""
+    most = float(jnp.finfo(x.dtype).max)
+    return lax.clamp(jnp.asarray(-most, y.dtype), y, jnp.asarray(most, y.dtype)) if most < 2.0**16 else y
 
 
 def moved(x: Array, changed: Array, over: Array, first: Array, second: Array, *, sphere: bool) -> Array:

@@ -125,7 +125,9 @@ class Clipping(NamedTuple):
     def plan(self, seen: Seen, limits: Cells) -> list[radial.Clip]:
         """What becomes of each scope."""
         each = zip(seen.norms, limits, seen.fine, strict=True)
-        return [radial.clip(*own, exactly=self.normalize) for own in each]
+        # Zeros come last, so that a step which is dropped has no derivative but 0.
+        spoilt = 1.0 if self.nonfinite == "zero" else jnp.nan
+        return [radial.clip(*own, exactly=self.normalize, spoilt=spoilt) for own in each]
 
     def report(self, done: "Clipped", *, by_part: bool) -> Report:
         cut, found, spoilt = done.cut, done.found, 0 if self.nonfinite == "zero" else jnp.nan

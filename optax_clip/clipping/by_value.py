@@ -19,7 +19,7 @@ from optax_clip._trees import Scopes
 from optax_clip._validate import AxisName
 from optax_clip._values import owned
 from optax_clip.clipping._acting import in_batches
-from optax_clip.norms import global_norm, measure
+from optax_clip.norms import global_norm, largest, measure
 from optax_clip.thresholds.engine import ThresholdRule
 
 __all__ = ["clip_by_value"]
@@ -202,11 +202,8 @@ def _alone(lower: Any, high: Any) -> list[tuple[Any, Any]]:
 
 
 def _smallest(limits: Sequence[tuple[Any, Any]], dtype: Any) -> Array:
-    each = [
-        jnp.min(jnp.minimum(as_dtype(high, dtype), as_dtype(-low, dtype)), initial=jnp.inf)
-        for low, high in limits
-    ]
-    return functools.reduce(jnp.minimum, each, jnp.asarray(jnp.inf, dtype))
+    each = [jnp.minimum(as_dtype(high, dtype), as_dtype(-low, dtype)) for low, high in limits]
+    return -largest([-x for x in each], [()] * len(each), least=-jnp.inf)
 
 
 def _report(

@@ -41,8 +41,8 @@ def record_norms(
 
     Returns:
         A transform with the metrics ``{name}/{path}/updates``, and with both ``/params`` and ``/ratio``;
-        with `groups` labels instead of paths, with the scope ``"global"`` neither. The ratio to weights
-        of norm 0 is 0.
+        with `groups` labels instead of paths, with the scope ``"global"`` neither, but ``{name}/steps``.
+        The ratio to weights of norm 0 is 0.
 
     Raises:
         ValueError: for an unknown scope, order or ``of``, and in the update without ``params`` if asked
@@ -77,7 +77,7 @@ def record_norms(
         raise ValueError(f'Expected scope to be "leaf", "global" or groups(label), got scope={scope!r}.')
     field = of[0] if len(of) == 1 else "ratios"
     reading = _Reading(scope, ord, tuple(of), axis_name, field)
-    fields, part = ((field,), None) if scope == "global" else ((), field)
+    fields, part = ((field, "turns"), None) if scope == "global" else ((), field)
     return transform(
         name, fields, lambda params: (), reading.step,
         record=record, remembers=False, scope=scope, axis_name=axis_name, part=part,
@@ -112,7 +112,7 @@ class _Reading(NamedTuple):
             u, w = columns
             columns.append(jnp.where(w > 0, u / jnp.where(w > 0, w, 1), 0))
         if self.scope == "global":
-            return Report({self.field: [x[0] for x in columns]}, {})
+            return Report({self.field: [x[0] for x in columns]}, {"turns": (True,)})
         names = part_names(scopes, self.field)
         return Report({}, {}, {name: [x[i] for x in columns] for i, name in enumerate(names)})
 

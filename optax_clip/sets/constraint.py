@@ -10,10 +10,10 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from optax_clip import _settings, _validate
+from optax_clip import _settings, _validate, norms
 from optax_clip._geometry.intervals import Bounds
 from optax_clip._landing import add_as_apply_updates
-from optax_clip._mesh import place_like, pooled, reduction_axes, share, varying_axes
+from optax_clip._mesh import place_like, reduction_axes, share, varying_axes
 from optax_clip._numerics import accumulator, as_dtype, widen
 from optax_clip._settings import Initial, Setting
 from optax_clip._trees import Cells, Scopes
@@ -299,9 +299,9 @@ def moved_by(scopes: Scopes, gaps: Cells, moved: Cells) -> Callable[[], tuple[Ar
 
 
 def largest(xs: Sequence[Any], axis_name: AxisName = None) -> Array:
-    """The largest entry of some arrays, 0 if there is none; on all devices that hold a part of it."""
-    parts = [jnp.max(x, initial=0) for x in xs]
-    return pooled([reduction_axes(axis_name, x) for x in parts], parts, largest=True)[0]
+    """The largest entry of some arrays on all devices, 0 if there is none and NaN if one is."""
+    axes = [reduction_axes(axis_name, x) for x in xs]
+    return norms.largest([x.astype(jnp.float32) for x in xs], axes)
 
 
 def require_real(scopes: Scopes, xs: Sequence[Array], *, of: str) -> None:

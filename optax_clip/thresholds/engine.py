@@ -10,13 +10,13 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from optax_clip import _owners, _validate, _xla
-from optax_clip._mesh import all_reduce, place_like, placed_like, varying_axes
+from optax_clip._mesh import place_like, placed_like, varying_axes
 from optax_clip._numerics import accumulator, as_dtype
 from optax_clip._records import increment
 from optax_clip._trees import Cells, Scopes, flatten
 from optax_clip._validate import Groups, Ord
 from optax_clip._values import owned
-from optax_clip.norms import Norm, measure
+from optax_clip.norms import Norm, largest, measure
 
 __all__ = ["ThresholdRule"]
 
@@ -172,7 +172,7 @@ class Limits(NamedTuple):
         return jax.tree.map(lambda x, y: jnp.asarray(y, getattr(y, "dtype", x.dtype)), wanted, states)
 
 
-def as_rule(**named: Any) -> ThresholdRule:
+def as_rule(_least: float = 0, **named: Any) -> ThresholdRule:
     """A number, a 0-d array or a schedule ``step -> number`` as a rule; a rule as it is."""
     ((name, threshold),) = named.items()
     if isinstance(threshold, ThresholdRule):
@@ -184,21 +184,21 @@ def as_rule(**named: Any) -> ThresholdRule:
             f"Expected {name} to be a number, a schedule or a ThresholdRule, got {name}={threshold!r}."
             + _validate.off(threshold)
         )
+
+    def bounded(norms: Array, limit: ArrayLike) -> Array:
+        return jnp.maximum(as_dtype(limit, norms.dtype), _least)
+
     if callable(threshold):
 
         def follow(norms: Array, state: Any, *_: Any) -> tuple[Array, Any]:
             limit = threshold(state["count"])
-            _validate.at_least(0, **{f"{name}(step)": limit})
-            return jnp.full_like(norms, _limit(norms, limit)), {"count": increment(state["count"])}
+            _validate.at_least(_least, **{f"{name}(step)": limit})
+            return jnp.full_like(norms, bounded(norms, limit)), {"count": increment(state["count"])}
 
         return _Given(lambda norms: {"count": jnp.zeros((), jnp.int32)}, follow)
-    _validate.at_least(0, **named)
+    _validate.at_least(_least, **named)
     number = owned(threshold)
-    return _Given(lambda norms: (), lambda norms, state, *_: (_limit(norms, number), state))
-
-
-def _limit(norms: Array, limit: ArrayLike) -> Array:
-    return jnp.maximum(as_dtype(limit, norms.dtype), 0)
+    return _Given(lambda norms: (), lambda norms, state, *_: (bounded(norms, number), state))
 
 
 def _memory(rule: ThresholdRule) -> Any:
@@ -229,7 +229,9 @@ def _param_norms(seen: Seen, norms: Cells) -> Cells | None:
 
 def _same_scopes(seen: Seen, state: Any, joined: Array) -> None:
     """A leaf whose update is None keeps its place among units only if its weights are there to tell."""
-    absent = seen.params is None and len(seen.scopes.places) < len(seen.scopes.paths)
+    if seen.params is not None or seen.scopes.is_global:
+        return
+    absent = len(seen.scopes.places) < len(seen.scopes.paths)
     others = [x.shape for x in jax.tree.leaves(state) if x.ndim and x.shape[-1:] != joined.shape]
     if absent and others:
         raise ValueError(
@@ -252,6 +254,5 @@ def lowest(limits: Cells) -> Array:
 
     A maximum, which XLA joins with the others into one all-reduce if no kernel has it with their sums.
     """
-    each = [jnp.max(-x, initial=-jnp.inf) for x in _xla.each_once(limits)]
-    each = all_reduce(each, [varying_axes(x) for x in each], lax.pmax)
-    return -functools.reduce(jnp.maximum, each)
+    each = [-x for x in _xla.each_once(limits)]
+    return -largest(each, [varying_axes(x) for x in each], least=-jnp.inf)
