@@ -1,5 +1,6 @@
 """Value objects: what a factory makes is compared, hashed, copied, pickled and printed by its call."""
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Hashable, Iterable
@@ -136,6 +137,8 @@ def _frozen_leaf(x: Any) -> Hashable:
     if isinstance(x, (jax.Array, np.ndarray, np.generic)):
         array = np.asarray(x)  # A TypeError for a traced one.
         return array.dtype.name, array.shape, array.tobytes()
+    if dataclasses.is_dataclass(x):
+        return type(x), *(_frozen(getattr(x, field.name)) for field in dataclasses.fields(x))
     hashable: Hashable = x
     return hashable
 

@@ -10,9 +10,10 @@ from jax import Array
 
 from optax_clip import _validate
 from optax_clip._mesh import together
+from optax_clip._numerics import accumulator
 from optax_clip._records import Report, fraction, transform
 from optax_clip._trees import Scopes, as_struct, flatten
-from optax_clip.sets.constraint import STATIC, Constraint
+from optax_clip.sets.constraint import STATIC, Constraint, require_real
 
 __all__ = ["mask_outward", "where"]
 
@@ -62,6 +63,7 @@ def mask_outward(
         hint = STATIC if isinstance(constraint, Array) else ""
         raise TypeError(f"Expected constraint to be a box, got constraint={constraint!r}.{hint}")
     _validate.record(record)
+    bounds = constraint.bounds
 
     def step(updates: optax.Updates, memory: Any, params: Any, **extra: Any) -> tuple[Any, Any, Any]:
         del extra
@@ -69,12 +71,9 @@ def mask_outward(
         scopes, gs = Scopes.of(updates, "leaf", axis_name=(), beside=params)
         ps = scopes.leaves_of(params, of="mask_outward")
         gs, ps = together(gs, ps)
-        ends = [
-            jnp.where(g == 0, p, -jnp.sign(g).astype(p.dtype) * jnp.inf)
-            for g, p in zip(gs, ps, strict=True)
-        ]
-        _, bounds = Scopes.of(constraint(scopes.alone(ends)), "leaf", axis_name=())
-        held = [_is_held(*each) for each in zip(gs, ps, bounds, strict=True)]
+        require_real(scopes, ps, of="mask_outward")
+        rows = zip(gs, ps, bounds(scopes.alone(ps), None, params), strict=True)
+        held = [_is_held(g, p, *ends) for g, p, ends in rows]
         kept = [jnp.where(h, 0, g) for h, g in zip(held, gs, strict=True)]
 
         def report() -> Report:
@@ -85,8 +84,12 @@ def mask_outward(
     return transform(name, ("share", "turns"), lambda params: (), step, record=record, remembers=False)
 
 
-def _is_held(g: Array, p: Array, bound: Array) -> Array:
-    return (g != 0) & (jnp.abs(bound - p) <= 4 * float(jnp.finfo(p.dtype).eps) * jnp.abs(p))
+def _is_held(g: Array, p: Array, low: Array, high: Array) -> Array:
+    """Is a weight at the bound that its gradient pushes to, as near as a dtype can tell?"""
+    wide = accumulator([p])
+    end, own = jnp.where(g > 0, low, high).astype(wide), p.astype(wide)
+    near = min(4 * float(jnp.finfo(p.dtype).eps), 2.0**-5)
+    return ((g > 0) | (g < 0)) & (jnp.abs(end - own) <= near * jnp.abs(own))
 
 
 def where(predicate: Callable[[str, Any], bool]) -> Callable[[Any], Any]:

@@ -242,7 +242,7 @@ def measure(
         ways["tpu"] = functools.partial(_three_sums, powers, plain=True)
     sums, scales = _xla.by_platform(parts, default=functools.partial(_three_sums, powers), **ways)
     found = _averaged(scopes, sums) if mean else sums
-    return [Norm.of(_root(s, p), k) for s, k in zip(found, scales, strict=True)]
+    return [Norm.of(root(s, p), k) for s, k in zip(found, scales, strict=True)]
 
 
 def _averaged(scopes: Scopes, sums: Cells) -> Cells:
@@ -375,7 +375,7 @@ def _power_norms(scopes: Scopes, xs: Sequence[Array], p: float, *, mean: bool) -
     terms = [_power(scale(x, *factors), p) for x, *factors in zip(wide, *columns, strict=True)]
     sums = scopes.max(terms) if p == math.inf else scopes.sum(terms)
     sums = _averaged(scopes, sums) if mean else sums
-    return [Norm(_root(s, p) * top, k) for s, top, k in zip(sums, tops, scales, strict=True)]
+    return [Norm(root(s, p) * top, k) for s, top, k in zip(sums, tops, scales, strict=True)]
 
 
 def total(scopes: Scopes, values: Cells, ord: Ord) -> Array:
@@ -399,8 +399,8 @@ def total(scopes: Scopes, values: Cells, ord: Ord) -> Array:
             jnp.broadcast_to(_like(n, v), v.shape) for n, v in zip(scopes.counts, values, strict=True)
         ]
         average = pool([t * n for t, n in zip(terms, sizes, strict=True)]) / jnp.maximum(pool(sizes), 1)
-        return top * _root(average, p) / scaling
-    return top * _root(pool(terms), p) / scaling
+        return top * root(average, p) / scaling
+    return top * root(pool(terms), p) / scaling
 
 
 def largest(xs: Sequence[Array], axes: Sequence[Axes], least: float = 0) -> Array:
@@ -430,7 +430,7 @@ def _like(count: Any, x: Array) -> Array:
 def _power(x: Array, p: float) -> Array:
     """``|x|^p``, with derivatives of 0 at 0 in every order but the square's own."""
     if p == 2:
-        return lax.mul(x, x) if not jnp.iscomplexobj(x) else x.real * x.real + x.imag * x.imag
+        return square_of(x)
     y = modulus(x)
     if p in (1, math.inf):
         return y
@@ -438,12 +438,17 @@ def _power(x: Array, p: float) -> Array:
     return jnp.where(zero, 0, jnp.where(zero, 1, y) ** p)
 
 
+def square_of(x: Array) -> Array:
+    """``|x|^2``."""
+    return lax.mul(x, x) if not jnp.iscomplexobj(x) else x.real * x.real + x.imag * x.imag
+
+
 def modulus(x: Array) -> Array:
     """``|x|``, with a derivative of 0 at 0, where that of `jnp.abs` is 1."""
     return jnp.abs(x) if jnp.iscomplexobj(x) else x * lax.stop_gradient(jnp.sign(x))
 
 
-def _root(x: Array, p: float) -> Array:
+def root(x: Array, p: float = 2) -> Array:
     """``x^(1/p)``, with a derivative of 0 at 0, inf and NaN."""
     if p in (1, math.inf):
         return x

@@ -3,8 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import scipy.linalg
 
+from optax_clip import metrics, project, project_weights, spectral_ball, violation
 from optax_clip._geometry import matrices
 from optax_clip._geometry.matrices import polar, split
 
@@ -217,3 +220,41 @@ def test_the_largest_singular_value(method):
     np.testing.assert_allclose(
         matrices.largest_singular_value(x, method=method), [0, 6**0.5 * 1e30, np.nan], rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("method", ["polar", "eigh"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_blocks_that_know_nothing_of_each_other(dtype, method):
+    """One lies between the aim and the radius, where it was projected before, and another outside."""
+    ball, eps = spectral_ball(1.0, method=method), float(jnp.finfo(dtype).eps)
+    rng = np.random.default_rng(0)
+    for beside in (1.0, 1 - eps, 0.5):
+        blocks = [
+            np.linalg.qr(rng.normal(size=(n, n)))[0] * r for n, r in [(2, beside), (3, 1.5), (1, 1.1)]
+        ]
+        x = jnp.asarray(scipy.linalg.block_diag(*blocks, np.eye(2) * beside)).astype(dtype)
+        values = np.linalg.svd(np.asarray(project(x, ball), np.float64), compute_uv=False)
+        assert values.max() <= 1 + 4 * eps
+        assert values.min() >= min(beside, 1) - 8 * eps
+
+
+def test_weights_at_the_radius_stay_there():
+    p = jnp.eye(4)
+    tx = optax.chain(optax.sgd(0.1), project_weights(spectral_ball(1.0)))
+    state, g = tx.init(p), jnp.zeros_like(p).at[2, 2].set(-1.0)
+    for _ in range(4):
+        updates, state = tx.update(g, state, p)
+        p = optax.apply_updates(p, updates)
+    np.testing.assert_allclose(p, np.eye(4), atol=1e-6)
+    assert metrics(state)["project/fraction"] > 0
+
+
+@pytest.mark.parametrize("method", ["polar", "eigh"])
+def test_derivative_of_a_violation(method):
+    ball = spectral_ball(0.5, method=method)
+    slope = jax.jit(jax.grad(lambda x: violation(x, ball)))
+    for shape in ((2, 2), (4, 3), (3, 5)):
+        x = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+        u, _, v = np.linalg.svd(np.float64(x))
+        np.testing.assert_allclose(slope(x), np.outer(u[:, 0], v[0]), atol=2e-6)
+    np.testing.assert_array_equal(slope(np.zeros((2, 2), np.float32)), np.zeros((2, 2)))

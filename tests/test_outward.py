@@ -74,3 +74,21 @@ def test_momentum_does_not_wind_up(optimizer, standard_promotion):
 def test_sets_that_are_no_box(constraint):
     with pytest.raises(TypeError, match="constraint="):
         mask_outward(constraint)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_float8(dtype):
+    """Types without infinity, whose neighbours are far apart."""
+    p, g = (jnp.array(x).astype(dtype) for x in ([1, -1, 0.5, 0.875], [-2, 2, -2, -2]))
+    tx = mask_outward(box(-1.0, 1.0))
+    np.testing.assert_array_equal(tx.update(g, tx.init(p), p)[0].astype(np.float32), [0, 0, -2, -2])
+    tx = mask_outward(non_negative())
+    p, g = jnp.array([1, 0.5, 8, 0]).astype(dtype), jnp.ones(4).astype(dtype)
+    np.testing.assert_array_equal(tx.update(g, tx.init(p), p)[0].astype(np.float32), [1, 1, 1, 0])
+
+
+def test_complex_weights_are_refused():
+    tx = mask_outward(norm_ball(1.0, ord=jnp.inf))
+    p = jnp.array([0.6 + 0.8j])
+    with pytest.raises(ValueError, match="real weights in a mask_outward, got complex64"):
+        tx.update(-p, tx.init(p), p)

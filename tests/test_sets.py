@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -640,3 +641,72 @@ def test_the_right_sum_alone_is_not_on_the_simplex():
     project = functools.partial(optax_clip.project, constraint=optax_clip.simplex(1.0))
     np.testing.assert_array_equal(project(jnp.array([1.5, -0.5])), [1, 0])
     np.testing.assert_array_equal(project(jnp.array([0.75, 0.25])), [0.75, 0.25])
+
+
+@pytest.mark.parametrize(
+    "ball",
+    [
+        optax_clip.spectral_ball(power_iterations=1),
+        optax_clip.spectral_ball(optax_clip.initial()),
+        optax_clip.spectral_ball(optax_clip.initial(), power_iterations=1),
+    ],
+)
+def test_no_matrix_at_all(ball):
+    params = {"a": jnp.ones((2, 2))}
+    for tx, tree in (
+        (optax.masked(optax_clip.project_weights(ball), {"a": False}), params),
+        (optax_clip.project_weights(ball), {}),
+    ):
+        updates, _ = jax.jit(tx.update)(tree, tx.init(tree), tree)
+        chex.assert_trees_all_equal(updates, tree)
+
+
+def test_derivative_by_a_cap():
+    """The entries at their caps move with them, and the free one makes up for that."""
+    x = jnp.array([0.5, 1.0, -2.0])
+    slopes = jax.jacrev(lambda t: optax_clip.project(x, optax_clip.simplex(1.0, upper=t)))(0.6)
+    np.testing.assert_allclose(slopes, [-1, 1, 0], atol=1e-6)
+
+
+def test_a_leaf_without_entries_is_no_violation():
+    tree = {"a": jnp.array([0.5, 0.5]), "z": jnp.zeros((0, 4))}
+    assert (
+        optax_clip.violation(tree, optax_clip.simplex())
+        == optax_clip.violation(tree, optax_clip.simplex(upper=0.6))
+        == 0
+    )
+    assert optax_clip.violation({**tree, "a": jnp.array([0.5, 0.75])}, optax_clip.simplex()) == 0.25
+
+
+def test_a_callable_is_given_the_floats():
+    """By `project` and `violation` as by `project_weights`."""
+    tree = {"w": jnp.array([3.0, 4.0]), "n": jnp.array(12)}
+    ball = functools.partial(optax.projections.projection_l2_ball, scale=1.0)
+    found = optax_clip.project(tree, ball)
+    np.testing.assert_allclose(found["w"], [0.6, 0.8], rtol=1e-6)
+    assert found["n"] is tree["n"]
+    np.testing.assert_allclose(optax_clip.violation(tree, ball), 3.2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "bounded",
+    [
+        optax_clip.norm_ball(jnp.inf),
+        optax_clip.norm_shell(1.0, jnp.inf),
+        optax_clip.norm_ball(jnp.inf, ord=1),
+        optax_clip.spectral_ball(jnp.inf),
+    ],
+)
+def test_no_limit_is_not_violated(bounded):
+    assert optax_clip.violation(jnp.full((2, 2), 3e38), bounded) == 0
+    assert np.isnan(optax_clip.violation(jnp.full((2, 2), jnp.nan), bounded))
+
+
+@pytest.mark.parametrize("kappa", [jnp.array(2.0), np.array(2.0), 2.0])
+def test_sets_of_an_initial_array_are_values(kappa):
+    assert optax_clip.norm_ball(optax_clip.initial(kappa)) == optax_clip.norm_ball(
+        optax_clip.initial(kappa * 1)
+    )
+    assert optax_clip.norm_ball(optax_clip.initial(kappa)) != optax_clip.norm_ball(
+        optax_clip.initial(kappa * 2)
+    )

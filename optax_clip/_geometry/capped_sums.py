@@ -24,7 +24,7 @@ def capped_threshold(cut: Entries, xs: list[Array], caps: list[Array], totals: C
     fixed, goals = lax.stop_gradient((xs, totals))
     wide = cut.wide(fixed)
     peaks = cut.scopes.max(wide, initial=-jnp.inf)
-    origins = [peaks, _search(cut, fixed, caps, peaks, goals)]
+    origins = [peaks, _search(cut, fixed, lax.stop_gradient(caps), peaks, goals)]
     thetas = [0 * peak for peak in peaks]
     for goal in (goals, totals):
         thetas = _step(cut, xs, caps, origins, goal, lax.stop_gradient(thetas)).thetas

@@ -192,8 +192,10 @@ def _norm_set(
         values = [norm.value for norm in norms]
         lows, highs = (read(scopes, xs, values, None) for read in (bounds.lows, bounds.highs))
         ends = zip(values, lows, highs, strict=True)
-        gaps = [jnp.maximum(jnp.where(v > 0, low - v, 0), v - high) for v, low, high in ends]
-        return largest([jnp.maximum(gap, 0) for gap in gaps])
+        gaps = [
+            (jnp.where(v > 0, low - v, 0), jnp.where(v <= high, 0, v - high)) for v, low, high in ends
+        ]
+        return largest([jnp.maximum(*pair) for pair in gaps])
 
     constraint = Constraint(
         nearest, excess, shrinks=shrinks, axis_name=bounds.axis_name, scope=bounds.scope, **how

@@ -245,22 +245,34 @@ def as_constraint(constraint: Any) -> Constraint:
         )
 
     def nearest(params: optax.Params) -> optax.Params:
-        new = _called(constraint, params)
-        if isinstance(new, Constraint):
-            raise TypeError(
-                f"Expected constraint to be a set, got constraint={constraint!r}, which makes one: "
-                "call it, "
-                f"as in norm_ball(1.0).{STATIC}"
-            )
-        _same_shapes(constraint, new, params)
-        moved: optax.Params = jax.tree.map(_as_before, new, params)
+        scopes, _, new = _moved(constraint, params)
+        moved: optax.Params = scopes.rebuild(params, new)
         return moved
 
     def excess(params: optax.Params) -> Array:
-        moved = jax.tree.map(_distance, nearest(params), params)
-        return largest(jax.tree.leaves(moved))
+        _, xs, new = _moved(constraint, params)
+        return largest([_distance(y, x) for x, y in zip(xs, new, strict=True)])
 
     return Constraint(nearest, excess)
+
+
+def _moved(constraint: Any, params: optax.Params) -> tuple[Scopes, list[Array], list[Array]]:
+    """The floats, which alone a callable is given, and what it makes of them."""
+    scopes, xs = Scopes.of(params, "leaf", axis_name=())
+    part = scopes.alone(xs)
+    new = _called(constraint, part)
+    if isinstance(new, Constraint):
+        raise TypeError(
+            f"Expected constraint to be a set, got constraint={constraint!r}, which makes one: "
+            "call it, "
+            f"as in norm_ball(1.0).{STATIC}"
+        )
+    _same_shapes(constraint, new, part)
+    return (
+        scopes,
+        xs,
+        [jnp.asarray(y).astype(x.dtype) for x, y in zip(xs, jax.tree.leaves(new), strict=True)],
+    )
 
 
 def _called(constraint: Any, params: Any) -> Any:
@@ -313,11 +325,6 @@ def require_real(scopes: Scopes, xs: Sequence[Array], *, of: str) -> None:
             )
 
 
-def _as_before(y: Any, x: Any) -> Array:
-    return jnp.asarray(y).astype(jnp.asarray(x).dtype)
-
-
-def _distance(x: Any, y: Any) -> Array:
-    x, y = jnp.asarray(x), jnp.asarray(y)
-    wide = accumulator([y]) if jnp.issubdtype(y.dtype, jnp.inexact) else jnp.dtype(jnp.float32)
+def _distance(x: Array, y: Array) -> Array:
+    wide = accumulator([y])
     return jnp.abs(widen(x, wide) - widen(y, wide))

@@ -18,7 +18,7 @@ from optax_clip._geometry.radial import beside_leaves, norm_error
 from optax_clip._numerics import accumulator, broadcast_like, reciprocal, scale, widen
 from optax_clip._records import fraction
 from optax_clip._trees import Cells, Scopes
-from optax_clip.norms import Norm, Powers, measure
+from optax_clip.norms import Norm, Powers, measure, root
 from optax_clip.sets.constraint import (
     Constraint,
     Mapped,
@@ -226,7 +226,7 @@ def _measured_once(scopes: Scopes, ws: list[Array], gs: list[Array]) -> Measured
     grown = [_product(*_smaller_scaled(w, g, cap, grow**2)) for w, g in pairs]
     sums = scopes.sums([*powers.ways(ws), *powers.ways(gs), shrunk, grown])
     sizes, slopes = (
-        [_rooted(s, k) for s, k in zip(*powers.chosen(*some), strict=True)]
+        [Norm.of(root(s), k) for s, k in zip(*powers.chosen(*some), strict=True)]
         for some in (sums[:3], sums[3:6])
     )
     cosines = []
@@ -235,12 +235,6 @@ def _measured_once(scopes: Scopes, ws: list[Array], gs: list[Array]) -> Measured
         back, dot = jnp.where(low, 1 / grow, 1 / shrink), jnp.where(low, grown, shrunk)
         cosines.append(_over(dot * (size.scale * back) * (slope.scale * back), size, slope))
     return sizes, slopes, cosines
-
-
-def _rooted(square: Array, scaling: Array) -> Norm:
-    """With a derivative of 0 at 0."""
-    some = square != 0
-    return Norm.of(jnp.where(some, jnp.sqrt(jnp.where(some, square, 1)), 0), scaling)
 
 
 def _product(w: Array, g: Array) -> Array:

@@ -116,7 +116,7 @@ class _Simplex(NamedTuple):
         highest, sums = scopes.max(wide, initial=-jnp.inf), scopes.sum(wide)
         totals = _settings.per_scope(scopes, xs, sums, total=self.total)
         caps = None if self.upper is None else _caps(scopes, xs, self.upper, self.total)
-        over = [0 * low for low in lowest] if caps is None else _above(scopes, wide, caps)
+        over = [jnp.zeros_like(low) for low in lowest] if caps is None else _above(scopes, wide, caps)
         return _Read(scopes, xs, caps, _Sums(sums, lowest, highest, totals, over))
 
     def move(self, params: optax.Params, memory: Any, beside: Any) -> tuple[optax.Params, Any]:
@@ -133,10 +133,11 @@ class _Simplex(NamedTuple):
         return scopes.rebuild(params, inside), memory
 
     def excess(self, params: optax.Params) -> Array:
-        _, xs, _, found = self.read(params)
-        ends = zip(found.sums, found.lowest, found.totals, found.over, strict=True)
-        errors = [(jnp.abs(s - t), -low, over) for s, low, t, over in ends if xs]
-        return largest([jnp.maximum(functools.reduce(jnp.maximum, each), 0) for each in errors])
+        scopes, xs, _, found = self.read(params)
+        ends = zip(found.sums, found.lowest, found.totals, found.over, scopes.counts, strict=True)
+        errors = [(jnp.abs(s - t), -low, over, jnp.asarray(n)) for s, low, t, over, n in ends if xs]
+        gaps = [(functools.reduce(jnp.maximum, each), n) for *each, n in errors]
+        return largest([jnp.where(n > 0, gap, 0) for gap, n in gaps])  # 0 where there is no entry
 
 
 class _Sums(NamedTuple):

@@ -173,6 +173,8 @@ class _Ball(NamedTuple):
         del beside
         relative = isinstance(self.radius, Initial)
         scopes, leaves, found = self.matrices(params, memory)
+        if not leaves:
+            return params, memory
         vectors = list(memory["vectors"] if relative and self.power_iterations else memory or ())
         for i, place, x, radius in found:
             if self.power_iterations is None:
@@ -180,7 +182,7 @@ class _Ball(NamedTuple):
             else:
                 y, vectors[place] = _scaled(x, radius, vectors[place], self.power_iterations + more)
             leaves[i] = _as_leaf(y, leaves[i])
-        if leaves and self.power_iterations is not None:
+        if self.power_iterations is not None:
             memory = {**memory, "vectors": tuple(vectors)} if relative else tuple(vectors)
         return scopes.rebuild(params, leaves), memory
 
@@ -188,7 +190,8 @@ class _Ball(NamedTuple):
         gaps = []
         for _, _, x, radius in self.matrices(params).found:
             value = matrices.largest_singular_value(x, method=self.method)
-            gaps.append(jnp.maximum(value - radius.astype(value.dtype), 0))
+            limit = radius.astype(value.dtype)
+            gaps.append(jnp.where(value <= limit, 0, value - limit))
         return largest(gaps)
 
 

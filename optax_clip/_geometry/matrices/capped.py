@@ -14,11 +14,11 @@ from optax_clip._geometry.matrices.split import (
     Split,
     adjoint,
     by_platform,
-    column,
     identity,
     largest_entry,
     normalized,
     over_matrix,
+    real,
     tall,
 )
 from optax_clip._mesh import placed_like
@@ -160,12 +160,14 @@ def _inverse_root(split: Split, excess: Array, top: Array) -> Array:
 def _largest_outside(split: Split, y: Array, last: _Pass) -> Array:
     """How far ``|y v| / |v|`` reaches for v among what lay outside: never above the largest value."""
     part = last.outside
-    vector = column(split, part, jnp.sum(jnp.where(identity(part) == 1, part.real, 0), axis=-2))
+    # A part of each direction: blocks that know nothing of each other may be outside, or nearly.
+    wave = jnp.cos(jnp.arange(part.shape[-1], dtype=real(part)))[:, None].astype(part.dtype)
 
     def step(_: int, vector: Array) -> Array:
         for matrix in (part, last.beyond, part):
             vector = normalized(split.inner(matrix, vector))
         return vector
 
-    image = split.product(y, lax.fori_loop(0, 4, step, vector))
+    start = step(0, split.by_rows(jnp.broadcast_to(wave, (*part.shape[:-1], 1))))
+    image = split.product(y, lax.fori_loop(1, 12, step, start))
     return jnp.sqrt(jnp.sum(jnp.abs(image) ** 2, axis=(-2, -1)))

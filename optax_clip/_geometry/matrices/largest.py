@@ -18,6 +18,7 @@ from optax_clip._geometry.matrices.split import (
 )
 from optax_clip._mesh import placed_like
 from optax_clip._numerics import accumulator, power_of_two, round_toward_zero, scale, widen
+from optax_clip.norms import root, square_of
 
 
 @functools.partial(jax.jit, static_argnames="method")
@@ -40,15 +41,16 @@ def _largest(x: Array, *, method: Method) -> Array:
     gram = split.inner(y, y)
     if method == "eigh":
         values = jnp.linalg.eigvalsh(split.put(gram), symmetrize_input=False)
-        return jnp.sqrt(jnp.maximum(jnp.max(values, axis=-1), 0)) * unit
+        return root(jnp.maximum(jnp.max(values, axis=-1), 0)) * unit
 
     def square(power: Array, _: None) -> tuple[Array, None]:
         power = split.inner(power, power)
         return scale(power, over_matrix(1 / power_of_two(largest_entry(power)))), None
 
     power = lax.scan(square, gram, None, length=20)[0]
-    vector = column(split, power, jnp.sum(jnp.abs(power) ** 2, axis=-2))
-    return jnp.sqrt(jnp.sum(jnp.abs(split.product(y, vector)) ** 2, axis=(-2, -1))) * unit
+    # A constant to derivatives, which are then those of the largest value.
+    vector = lax.stop_gradient(column(split, power, jnp.sum(jnp.abs(power) ** 2, axis=-2)))
+    return root(jnp.sum(square_of(split.product(y, vector)), axis=(-2, -1))) * unit
 
 
 @functools.partial(jax.jit, static_argnames="iterations")
