@@ -72,4 +72,4 @@ __all__ = [
     "zscore",
 ]
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"

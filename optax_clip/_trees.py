@@ -298,9 +298,12 @@ class Scopes(NamedTuple):
         return [[cell[..., i] for cell in cells] for i in range(len(ways))]
 
     def max(self, terms: Sequence[Array], initial: float = 0) -> Cells:
-        """The largest term of each scope; NaN if one is."""
-        reductions = functools.partial(jnp.max, initial=initial), has_nan
-        tops, flags = (self._reduce(terms, each, lax.pmax, jnp.maximum) for each in reductions)
+        """The largest term of each scope; of NaN nothing is promised."""
+        return self._reduce(terms, functools.partial(jnp.max, initial=initial), lax.pmax, jnp.maximum)
+
+    def largest(self, terms: Sequence[Array], initial: float = 0) -> Cells:
+        """The same; NaN if a term is."""
+        tops, flags = self.max(terms, initial), self._reduce(terms, has_nan, lax.pmax, jnp.maximum)
         return [jnp.where(flag > 0, jnp.nan, top) for top, flag in zip(tops, flags, strict=True)]
 
     def _reduce(self, terms: Sequence[Array], reduce: Any, collective: Any, combine: Any) -> Cells:

@@ -40,13 +40,13 @@ def mask_outward(
         record: False to record nothing; the state is then `optax.EmptyState`.
 
     Returns:
-        A transform whose update needs ``params``. A weight within 4 eps of its bound counts as at it.
-        All other entries keep their bits. Metrics: ``fraction``, the share of entries taken out, and
-        ``steps``.
+        A transform whose update needs ``params``. A weight within 4 eps of its bound (1/32 in
+        float8) counts as at it. All other entries keep their bits. Metrics: ``fraction``, the share of
+        entries taken out, and ``steps``.
 
     Raises:
         TypeError: if the constraint is not a set that bounds each entry on its own.
-        ValueError: if the update is called without ``params``.
+        ValueError: if the update is called without ``params``, or for a complex leaf.
 
     Examples:
         >>> import jax.numpy as jnp

@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from optax_clip import _validate, _xla
 from optax_clip._mesh import Axes, all_devices_agree, all_reduce, varying_axes
-from optax_clip._numerics import accumulator, has_nan, power_of_two, reciprocal, scale, widen
+from optax_clip._numerics import accumulator, power_of_two, reciprocal, scale, widen
 from optax_clip._trees import Cells, Scopes, shape_of
 from optax_clip._validate import AxisName, Groups, Ord, Scope
 
@@ -233,7 +233,7 @@ def measure(
     (p, mean), dtype = Order.of(ord), accumulator(xs)
     parts = list(zip(xs, *others, strict=True))
     if p == math.inf and not any(map(jnp.iscomplexobj, xs)):
-        return [Norm.of(top) for top in scopes.max([modulus(widen(read(*x), dtype)) for x in parts])]
+        return [Norm.of(top) for top in scopes.largest([modulus(widen(read(*x), dtype)) for x in parts])]
     if p not in (1, 2):
         return _power_norms(scopes, [read(*x) for x in parts], p, mean=mean)
     powers = Powers(scopes, p, dtype, read)
@@ -373,7 +373,7 @@ def _power_norms(scopes: Scopes, xs: Sequence[Array], p: float, *, mean: bool) -
     tops = [jnp.where((top > 0) & (top < jnp.inf), top, 1) for top in tops]
     columns = scopes.per_leaf(scales), scopes.per_leaf([1 / top for top in tops])
     terms = [_power(scale(x, *factors), p) for x, *factors in zip(wide, *columns, strict=True)]
-    sums = scopes.max(terms) if p == math.inf else scopes.sum(terms)
+    sums = scopes.largest(terms) if p == math.inf else scopes.sum(terms)
     sums = _averaged(scopes, sums) if mean else sums
     return [Norm(root(s, p) * top, k) for s, top, k in zip(sums, tops, scales, strict=True)]
 
@@ -383,14 +383,15 @@ def total(scopes: Scopes, values: Cells, ord: Ord) -> Array:
     if scopes.is_global:
         return values[0]
     (p, mean), names = Order.of(ord), [varying_axes(v) for v in values]
-    whole = largest(values, names)
     if p == math.inf:
-        return whole
+        return largest(values, names)
 
     def pool(terms: Cells) -> Array:
         return _xla.of_all(operator.add, all_reduce([jnp.sum(t) for t in terms], names, lax.psum))
 
-    peak = jnp.where((whole > 0) & (whole < jnp.inf), whole, 1)
+    peaks = all_reduce([jnp.max(v, initial=0) for v in values], names, lax.pmax)
+    peak = _xla.of_all(jnp.maximum, peaks)
+    peak = jnp.where((peak > 0) & (peak < jnp.inf), peak, 1)
     scaling = reciprocal(power_of_two(peak))
     top = peak * scaling
     terms = [_power(v * scaling / top, p) for v in values]
@@ -406,7 +407,7 @@ def total(scopes: Scopes, values: Cells, ord: Ord) -> Array:
 def largest(xs: Sequence[Array], axes: Sequence[Axes], least: float = 0) -> Array:
     """The largest entry of some arrays on all devices that hold a part of them; NaN if one is."""
     tops = [jnp.max(x, initial=least) for x in xs] or [jnp.float32(least)]
-    flags = [has_nan(x) for x in xs] or [jnp.float32(0)]
+    flags = [jnp.max(jnp.isnan(x), initial=False).astype(x.dtype) for x in xs] or [jnp.float32(0)]
     both = all_reduce([*tops, *flags], [*axes, *axes], lax.pmax) if xs else [*tops, *flags]
     top, flag = (_xla.of_all(jnp.maximum, part) for part in (both[: len(tops)], both[len(tops) :]))
     return jnp.where(flag > 0, jnp.nan, top)

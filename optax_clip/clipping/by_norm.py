@@ -218,7 +218,8 @@ def normalize_by_norm(
             remembers, and a state of any other clip is accepted.
 
     Returns:
-        A transform whose metrics count every rescaled scope as clipped. A zero norm stays zero.
+        A transform whose metrics count every rescaled scope as clipped. A zero norm stays zero. What is
+        too large for float16 or float8 becomes their largest number.
 
     Raises:
         ValueError: for a negative, infinite or NaN norm, an unknown scope, order or policy.

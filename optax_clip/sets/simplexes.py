@@ -113,7 +113,7 @@ class _Simplex(NamedTuple):
         require_real(scopes, xs, of="simplex")
         wide = [widen(x, accumulator(xs)) for x in xs]
         lowest = [-peak for peak in scopes.max([-t for t in wide], initial=-jnp.inf)]
-        highest, sums = scopes.max(wide, initial=-jnp.inf), scopes.sum(wide)
+        highest, sums = scopes.largest(wide, initial=-jnp.inf), scopes.sum(wide)
         totals = _settings.per_scope(scopes, xs, sums, total=self.total)
         caps = None if self.upper is None else _caps(scopes, xs, self.upper, self.total)
         over = [jnp.zeros_like(low) for low in lowest] if caps is None else _above(scopes, wide, caps)

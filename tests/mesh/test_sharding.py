@@ -122,3 +122,19 @@ def test_the_singular_values_of_split_matrices_raise(mesh):
     mapped = jax.shard_map(step, mesh=mesh, in_specs=P("i"), out_specs=P("i"))
     with pytest.raises(ValueError, match="whole matrices"):
         jax.jit(mapped)(jnp.ones((8, 4)))
+
+
+@pytest.mark.parametrize("scope", ["global", "leaf"])
+@pytest.mark.parametrize("where", ["shard_map", "mesh"])
+def test_a_nan_on_one_device_alone(mesh, tree, where, scope):
+    """The maximum over devices drops it."""
+    tree["rows"] = tree["rows"].at[3, 1].set(jnp.nan)
+    tx = optax_clip.clip_by_norm(1.0, scope=scope, ord=np.inf, nonfinite="zero")
+    step = lambda grads: tx.update(grads, tx.init(grads))  # noqa: E731
+    if where == "shard_map":
+        step = jax.shard_map(step, mesh=mesh, in_specs=(SPECS,), out_specs=(SPECS, P()))
+    else:
+        tree = {key: jax.device_put(x, jax.NamedSharding(mesh, SPECS[key])) for key, x in tree.items()}
+    updates, state = jax.jit(step)(tree)
+    assert_close(updates, jax.tree.map(jnp.zeros_like, tree))
+    assert optax_clip.metrics(state)["clip/steps_nonfinite"] == 1
