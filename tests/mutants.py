@@ -138,8 +138,8 @@ MUTANTS = (
            "return functools.reduce(combine, list(parts))"),
     # Meshes.
     Mutant("thresholds/engine.py", "mesh/test_sharding.py -k smallest_limit",
-           "largest(each, [varying_axes(x) for x in each], least",
-           "largest(each, [() for x in each], least"),
+           "each = all_reduce(each, [varying_axes(x) for x in each], lax.pmax)",
+           "each = list(each)"),
     Mutant("_geometry/sums.py", "mesh/test_meshes.py -k 'whole_units and simplex'",
            "all_devices_agree(functools.reduce(operator.and_, same))",
            "functools.reduce(operator.and_, same)"),

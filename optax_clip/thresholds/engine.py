@@ -10,13 +10,13 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from optax_clip import _owners, _validate, _xla
-from optax_clip._mesh import place_like, placed_like, varying_axes
+from optax_clip._mesh import all_reduce, place_like, placed_like, varying_axes
 from optax_clip._numerics import accumulator, as_dtype
 from optax_clip._records import increment
 from optax_clip._trees import Cells, Scopes, flatten
 from optax_clip._validate import Groups, Ord
 from optax_clip._values import owned
-from optax_clip.norms import Norm, largest, measure
+from optax_clip.norms import Norm, measure
 
 __all__ = ["ThresholdRule"]
 
@@ -254,5 +254,9 @@ def lowest(limits: Cells) -> Array:
 
     A maximum, which XLA joins with the others into one all-reduce if no kernel has it with their sums.
     """
-    each = [-x for x in _xla.each_once(limits)]
-    return -largest(each, [varying_axes(x) for x in each], least=-jnp.inf)
+    # Limits are at least 0, so that inf can stand for a NaN, which a maximum may drop.
+    terms = [jnp.where(jnp.isnan(x), jnp.inf, -x) for x in _xla.each_once(limits)]
+    each = [jnp.max(x, initial=-jnp.inf) for x in terms]
+    each = all_reduce(each, [varying_axes(x) for x in each], lax.pmax)
+    top = functools.reduce(jnp.maximum, each)
+    return jnp.where(top == jnp.inf, jnp.nan, -top)
