@@ -408,7 +408,7 @@ def largest(xs: Sequence[Array], axes: Sequence[Axes], least: float = 0) -> Arra
     """The largest entry of some arrays on all devices that hold a part of them; NaN if one is."""
     tops = [jnp.max(x, initial=least) for x in xs] or [jnp.float32(least)]
     flags = [jnp.max(jnp.isnan(x), initial=False).astype(x.dtype) for x in xs] or [jnp.float32(0)]
-    both = all_reduce([*tops, *flags], [*axes, *axes], lax.pmax) if xs else [*tops, *flags]
+    both = all_reduce([*tops, *flags], [*axes, *axes], lax.pmax)
     top, flag = (_xla.of_all(jnp.maximum, part) for part in (both[: len(tops)], both[len(tops) :]))
     return jnp.where(flag > 0, jnp.nan, top)
 

@@ -264,15 +264,11 @@ def _moved(constraint: Any, params: optax.Params) -> tuple[Scopes, list[Array], 
     if isinstance(new, Constraint):
         raise TypeError(
             f"Expected constraint to be a set, got constraint={constraint!r}, which makes one: "
-            "call it, "
-            f"as in norm_ball(1.0).{STATIC}"
+            f"call it, as in norm_ball(1.0).{STATIC}"
         )
     _same_shapes(constraint, new, part)
-    return (
-        scopes,
-        xs,
-        [jnp.asarray(y).astype(x.dtype) for x, y in zip(xs, jax.tree.leaves(new), strict=True)],
-    )
+    pairs = zip(xs, jax.tree.leaves(new), strict=True)
+    return scopes, xs, [jnp.asarray(y).astype(x.dtype) for x, y in pairs]
 
 
 def _called(constraint: Any, params: Any) -> Any:

@@ -1,7 +1,6 @@
 """The spectral ball: matrices with bounded singular values."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -205,7 +204,7 @@ def _scaled(x: Array, radius: Array, vector: Array, iterations: int) -> tuple[Ar
     dtype = accumulator([x])
     _, inside = norm_error(x.shape[-2] * x.shape[-1], dtype)
     row = vector.reshape(*x.shape[:-2], x.shape[-1])
-    row = jnp.where(jnp.any(row != 0, axis=-1, keepdims=True), row, _wave(row.shape, row.dtype))
+    row = jnp.where(jnp.any(row != 0, axis=-1, keepdims=True), row, matrices.wave(row.shape, row.dtype))
     y, row = matrices.power_step(x, radius.astype(dtype) * (1 - inside), row, iterations)
     return y, everywhere(row.reshape(vector.shape))
 
@@ -229,12 +228,7 @@ def _first_vector(leaf: Any, flatten: bool) -> Any:
     reduced = tuple(range(0 if flatten else len(shape) - 2, len(shape) - 1))
     dtype = jnp.complex64 if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else jnp.float32
     kept = [1 if i in reduced else n for i, n in enumerate(shape)]
-    return place_like(_wave(kept, dtype), leaf)
-
-
-def _wave(shape: Sequence[int], dtype: Any) -> Array:
-    """The row of a new state, and of one that was reset to zeros."""
-    return jnp.broadcast_to(jnp.cos(jnp.arange(shape[-1], dtype=jnp.float32)), shape).astype(dtype)
+    return place_like(matrices.wave(kept, dtype), leaf)
 
 
 def _matrix(x: Array, flatten: bool, axis_name: tuple[()] | None) -> Array | None:

@@ -108,13 +108,13 @@ class Limits(NamedTuple):
             )
         memories = {k: _memory(rule) for k, rule in rules.items()}
         held = [rule for k, rule in rules.items() if jax.tree.leaves(memories[k])]
-        learns, given = ([isinstance(rule, _Given) for rule in some] for some in (held, rules.values()))
-        return cls(name, rules, memories, bool(held), not all(learns), not all(given))
+        learned = [any(not isinstance(rule, _Given) for rule in some) for some in (held, rules.values())]
+        return cls(name, rules, memories, bool(held), *learned)
 
     def init(self, params: Any, scope: Any) -> Any:
         """The memory: one vector over all scopes, one number a label, on the devices of the weights."""
         scopes, xs = Scopes.of(params, scope, axis_name=())
-        self._asked(scopes)
+        self._require_each(scopes)
         memory = place_like(self._first(scopes, accumulator(xs)), params)
         return _owners.kept(memory, params, scope) if self.by_tree else memory
 
@@ -145,9 +145,7 @@ class Limits(NamedTuple):
         """The update of the rule for all, or one over the vector of labels, each asking its own."""
         if _ALL in self.rules:
             return self.rules[_ALL].update
-        missing = set(scopes.labels or ()) - set(self.rules)
-        if missing:
-            raise ValueError(f"Expected {self.name} for each label, got none for {sorted(missing)}.")
+        self._require_each(scopes)
 
         def update(norms: Array, states: Any, params: Array | None, total: Array) -> tuple[Array, Any]:
             limits, new = [norms[:0]], dict(states)
@@ -159,6 +157,11 @@ class Limits(NamedTuple):
             return jnp.concatenate(limits), new
 
         return update
+
+    def _require_each(self, scopes: Scopes) -> None:
+        missing = set() if _ALL in self.rules else set(scopes.labels or ()) - set(self.rules)
+        if missing:
+            raise ValueError(f"Expected {self.name} for each label, got none for {sorted(missing)}.")
 
     def _own(self, states: Any) -> Any:
         """States that are those of these rules; as arrays, where Optax's tools set a number."""

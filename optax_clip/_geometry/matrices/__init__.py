@@ -8,6 +8,6 @@ what is split, so that no device holds or is sent a whole matrix.
 from optax_clip._geometry.matrices.capped import cap_singular_values
 from optax_clip._geometry.matrices.largest import largest_singular_value, power_step
 from optax_clip._geometry.matrices.polar import msign
-from optax_clip._geometry.matrices.split import Method
+from optax_clip._geometry.matrices.split import Method, wave
 
-__all__ = ["Method", "cap_singular_values", "largest_singular_value", "msign", "power_step"]
+__all__ = ["Method", "cap_singular_values", "largest_singular_value", "msign", "power_step", "wave"]

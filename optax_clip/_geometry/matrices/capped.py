@@ -18,8 +18,8 @@ from optax_clip._geometry.matrices.split import (
     largest_entry,
     normalized,
     over_matrix,
-    real,
     tall,
+    wave,
 )
 from optax_clip._mesh import placed_like
 from optax_clip._numerics import accumulator, power_of_two, scale, straight_through, widen
@@ -160,14 +160,14 @@ def _inverse_root(split: Split, excess: Array, top: Array) -> Array:
 def _largest_outside(split: Split, y: Array, last: _Pass) -> Array:
     """How far ``|y v| / |v|`` reaches for v among what lay outside: never above the largest value."""
     part = last.outside
-    # A part of each direction: blocks that know nothing of each other may be outside, or nearly.
-    wave = jnp.cos(jnp.arange(part.shape[-1], dtype=real(part)))[:, None].astype(part.dtype)
+    # Blocks that know nothing of each other may be outside, or nearly.
+    first = split.by_rows(wave(part.shape[:-1], part.dtype)[..., None])
 
     def step(_: int, vector: Array) -> Array:
         for matrix in (part, last.beyond, part):
             vector = normalized(split.inner(matrix, vector))
         return vector
 
-    start = step(0, split.by_rows(jnp.broadcast_to(wave, (*part.shape[:-1], 1))))
-    image = split.product(y, lax.fori_loop(1, 12, step, start))
+    # The first turn outside of the loop, where a mapped axis makes of its start what varies.
+    image = split.product(y, lax.fori_loop(1, 12, step, step(0, first)))
     return jnp.sqrt(jnp.sum(jnp.abs(image) ** 2, axis=(-2, -1)))

@@ -135,6 +135,11 @@ def column(split: Split, x: Array, lengths: Array) -> Array:
     return normalized(split.inner(x, split.by_rows(chosen[..., None].astype(x.dtype))))
 
 
+def wave(shape: Sequence[int], dtype: Any) -> Array:
+    """Rows with a part of each direction, to start from."""
+    return jnp.broadcast_to(jnp.cos(jnp.arange(shape[-1], dtype=jnp.float32)), shape).astype(dtype)
+
+
 def normalized(vector: Array) -> Array:
     unit = power_of_two(largest_entry(vector))
     vector = scale(vector, over_matrix(1 / unit))
